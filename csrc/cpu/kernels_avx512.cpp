@@ -1,0 +1,10 @@
+// All CPU kernels, compiled for AVX-512 (F, BW, VL, DQ): _build.py sets the flags of this file.
+//
+// No inline function of a shared or standard header may be emitted here: the linker could pick this copy, with its
+// instructions, for code that runs on every CPU. tests/test_build.py looks for such symbols.
+#if defined(__x86_64__)
+#include "relu_linear_attention.h"
+
+#define EVK_ISA avx512
+#include "relu_linear_attention_kernels.h"
+#endif

@@ -1,0 +1,239 @@
+// Launcher and registration of relu_linear_attention on the CPU: checks, allocation, cutting into tasks.
+#include "relu_linear_attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <cstring>
+#include <new>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "plan.h"
+
+namespace efficientvit_kernels::cpu {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::atomic<int64_t> calls{0};
+
+StorageType storage_type(const Tensor& t, const char* op) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return StorageType::kFloat;
+    case ScalarType::Double: return StorageType::kDouble;
+    case ScalarType::Half: return StorageType::kHalf;
+    case ScalarType::BFloat16: return StorageType::kBFloat16;
+    default: break;
+  }
+  EVK_CHECK(false, op, "qkv", "float16, bfloat16, float32 or float64", "another dtype");
+}
+
+ReluLinearAttentionKernels kernels_in_use(StorageType type) {
+#if defined(__x86_64__)
+  if (isa_in_use() == Isa::kAvx512) return avx512::relu_linear_attention_kernels(type);
+  if (isa_in_use() == Isa::kAvx2) return avx2::relu_linear_attention_kernels(type);
+#endif
+  return baseline::relu_linear_attention_kernels(type);
+}
+
+// Channels-last output for channels-last-like input; relu_linear_attention.py makes the same choice for fake tensors.
+MemoryFormat format_like(const Tensor& t) {
+  return t.stride(1) == 1 && !t.is_contiguous() ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+Tensor empty_image(const Tensor& like, int64_t channels, MemoryFormat format) {
+  const int64_t sizes[] = {like.size(0), channels, like.size(2), like.size(3)};
+  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
+}
+
+// Folds away image axes of size 1, whose strides mean nothing, so that more tensors count as free of gaps.
+ImageTensor image_of(const Tensor& t) {
+  ImageTensor view{const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+  if (t.size(3) == 1) view.stride_w = view.stride_h;
+  if (t.size(2) == 1 || t.size(3) == 1) view.stride_h = view.stride_w * t.size(3);
+  return view;
+}
+
+struct ZeroedBuffer {
+  explicit ZeroedBuffer(int64_t bytes) : data(::operator new(bytes, std::align_val_t{64})) { std::memset(data, 0, bytes); }
+  ~ZeroedBuffer() { ::operator delete(data, std::align_val_t{64}); }
+  ZeroedBuffer(const ZeroedBuffer&) = delete;
+  ZeroedBuffer& operator=(const ZeroedBuffer&) = delete;
+  void* data;
+};
+
+// What forward and backward share: checked inputs as kernels take them, and the tasks.
+struct Problem {
+  Problem(const char* op, const std::vector<Tensor>& qkv, int64_t head_dim, double eps)
+      : kernels(kernels_in_use(check(op, qkv, head_dim))) {
+    const Tensor& first = qkv[0];
+    for (const Tensor& t : qkv) views.push_back(image_of(t));
+    batch = first.size(0);
+    args.qkv = views.data();
+    args.heads = first.size(1) / (3 * head_dim);
+    args.groups = args.heads * static_cast<int64_t>(qkv.size());
+    args.head_dim = head_dim;
+    args.height = first.size(2);
+    args.width = first.size(3);
+    args.eps = eps;
+    chunks = num_chunks(args.tokens(), head_dim);
+    state_dtype = first.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  }
+
+  static StorageType check(const char* op, const std::vector<Tensor>& qkv, int64_t head_dim) {
+    EVK_CHECK(!qkv.empty(), op, "qkv", "at least one tensor", "none");
+    EVK_CHECK(head_dim > 0, op, "head_dim", "positive", head_dim);
+    for (const Tensor& t : qkv) {
+      EVK_CHECK(t.is_cpu(), op, "qkv", "on the CPU", "another device");
+      EVK_CHECK(t.dim() == 4, op, "qkv", "of rank 4", t.dim());
+      EVK_CHECK(t.scalar_type() == qkv[0].scalar_type(), op, "qkv", "of one dtype", "several");
+      for (int64_t axis = 0; axis < 4; ++axis) {
+        EVK_CHECK(t.size(axis) == qkv[0].size(axis), op, "qkv", "of one shape", "several");
+      }
+    }
+    EVK_CHECK(qkv[0].size(1) % (3 * head_dim) == 0, op, "qkv.shape[1]", "a multiple of 3 * head_dim", qkv[0].size(1));
+    return storage_type(qkv[0], op);
+  }
+
+  bool empty() const { return batch == 0 || args.groups == 0 || args.tokens() == 0; }
+  int64_t pairs() const { return batch * args.groups; }
+
+  Tensor empty_state(const Tensor& like, int64_t leading) const {
+    const int64_t sizes[] = {leading, args.groups, args.head_dim + 1, args.head_dim};
+    return torch::stable::empty(sizes, state_dtype, std::nullopt, like.device());
+  }
+
+  // Runs `body(task, scratch)` for every task, in parallel. A task's sums go to `sums` for chunk 0, to `args.partial` after it.
+  template <class Body>
+  void for_each_task(void* sums, int64_t flops_per_token, Body body) const {
+    const int64_t tokens = args.tokens(), chunk = chunk_tokens(args.head_dim);
+    const int64_t bytes = args.state_numel() * (state_dtype == ScalarType::Double ? 8 : 4);
+    torch::stable::parallel_for(
+        0, pairs() * chunks, grain_size(flops_per_token * tokens / chunks), [&](int64_t begin, int64_t end) {
+          const ZeroedBuffer scratch(kernels.scratch_bytes(args.head_dim));
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t pair = i / chunks, c = i % chunks;
+            char* sum = c == 0 ? static_cast<char*>(sums) + pair * bytes
+                               : static_cast<char*>(args.partial) + ((c - 1) * pairs() + pair) * bytes;
+            body(ReluLinearAttentionTask{pair / args.groups, pair % args.groups, c * chunk,
+                                         c + 1 == chunks ? tokens : (c + 1) * chunk, sum},
+                 scratch.data);
+          }
+        });
+  }
+
+  // sums += partial, chunk by chunk in a fixed tree.
+  template <class T>
+  void reduce(void* sums) const {
+    const int64_t numel = pairs() * args.state_numel();
+    auto chunk_of = [&](int64_t c) { return static_cast<T*>(c == 0 ? sums : args.partial) + (c == 0 ? 0 : (c - 1) * numel); };
+    torch::stable::parallel_for(0, numel, 1 << 15, [&](int64_t begin, int64_t end) {
+      for (int64_t step = 1; step < chunks; step *= 2) {
+        for (int64_t c = 0; c + step < chunks; c += 2 * step) {
+          T* into = chunk_of(c);
+          const T* from = chunk_of(c + step);
+          for (int64_t i = begin; i < end; ++i) into[i] += from[i];
+        }
+      }
+    });
+  }
+
+  // first, then second, which needs first's sums over all of a group's tokens.
+  void run(void* sums, ReluLinearAttentionKernels::Kernel first, ReluLinearAttentionKernels::Kernel second) const {
+    const int64_t flops = 4 * args.head_dim * args.head_dim;
+    if (chunks == 1) {  // one task owns the group, so both passes run while its tokens are in the cache
+      for_each_task(sums, 2 * flops, [&](const ReluLinearAttentionTask& task, void* scratch) {
+        first(args, task, scratch);
+        second(args, task, scratch);
+      });
+      return;
+    }
+    for_each_task(sums, flops, [&](const ReluLinearAttentionTask& task, void* scratch) { first(args, task, scratch); });
+    state_dtype == ScalarType::Double ? reduce<double>(sums) : reduce<float>(sums);
+    for_each_task(sums, flops, [&](const ReluLinearAttentionTask& task, void* scratch) { second(args, task, scratch); });
+  }
+
+  ReluLinearAttentionKernels kernels;
+  std::vector<ImageTensor> views, grad_views;
+  ReluLinearAttentionArgs args{};
+  int64_t batch = 0, chunks = 1;
+  ScalarType state_dtype = ScalarType::Float;
+};
+
+std::tuple<Tensor, Tensor> relu_linear_attention_fwd_cpu(std::vector<Tensor> qkv, int64_t head_dim, double eps) {
+  calls.fetch_add(1, std::memory_order_relaxed);
+  Problem problem("relu_linear_attention", qkv, head_dim, eps);
+  ReluLinearAttentionArgs& args = problem.args;
+  Tensor out = empty_image(qkv[0], args.groups * head_dim, format_like(qkv[0]));
+  Tensor state = problem.empty_state(qkv[0], problem.batch);
+  if (problem.empty()) return {out, torch::stable::zero_(state)};
+  Tensor partial = problem.empty_state(qkv[0], (problem.chunks - 1) * problem.batch);
+  args.out = image_of(out);
+  args.state = state.mutable_data_ptr();
+  args.partial = partial.mutable_data_ptr();
+  problem.run(args.state, problem.kernels.state, problem.kernels.apply);
+  return {out, state};
+}
+
+std::vector<Tensor> relu_linear_attention_bwd_cpu(Tensor grad_out, std::vector<Tensor> qkv, Tensor state,
+                                                  int64_t head_dim, double eps, std::vector<int64_t> scales) {
+  const char* op = "relu_linear_attention_bwd";
+  calls.fetch_add(1, std::memory_order_relaxed);
+  Problem problem(op, qkv, head_dim, eps);
+  ReluLinearAttentionArgs& args = problem.args;
+  EVK_CHECK(grad_out.is_cpu() && grad_out.scalar_type() == qkv[0].scalar_type() && grad_out.dim() == 4, op, "grad_out",
+            "a rank-4 CPU tensor of qkv's dtype", "another tensor");
+  EVK_CHECK(grad_out.size(0) == problem.batch && grad_out.size(1) == args.groups * head_dim &&
+                grad_out.size(2) == args.height && grad_out.size(3) == args.width,
+            op, "grad_out", "[B, G * D, H, W]", "another shape");
+  EVK_CHECK(state.is_cpu() && state.is_contiguous() && state.scalar_type() == problem.state_dtype &&
+                state.numel() == problem.pairs() * args.state_numel(),
+            op, "state", "the contiguous state of the forward", "another tensor");
+
+  std::vector<Tensor> grads;
+  problem.grad_views.resize(qkv.size());
+  for (int64_t s : scales) {
+    EVK_CHECK(s >= 0 && s < static_cast<int64_t>(qkv.size()), op, "scales", "indices into qkv", s);
+    EVK_CHECK(problem.grad_views[s].data == nullptr, op, "scales", "distinct", "a repeated index");
+    grads.push_back(empty_image(qkv[s], qkv[s].size(1), format_like(qkv[s])));
+    problem.grad_views[s] = image_of(grads.back());
+  }
+  if (problem.empty() || scales.empty()) return grads;
+  Tensor grad_state = problem.empty_state(grad_out, problem.batch);
+  Tensor partial = problem.empty_state(grad_out, (problem.chunks - 1) * problem.batch);
+  args.out = image_of(grad_out);
+  args.state = const_cast<void*>(state.const_data_ptr());
+  args.grad_qkv = problem.grad_views.data();
+  args.grad_state = grad_state.mutable_data_ptr();
+  args.partial = partial.mutable_data_ptr();
+  problem.run(args.grad_state, problem.kernels.grad_q, problem.kernels.grad_kv);
+  return grads;
+}
+
+}  // namespace
+}  // namespace efficientvit_kernels::cpu
+
+// For tests and `info`, through ctypes: which kernels run, and whether they ran.
+extern "C" __attribute__((visibility("default"))) int64_t efficientvit_kernels_cpu_calls() { return efficientvit_kernels::cpu::calls.load(); }
+extern "C" __attribute__((visibility("default"))) const char* efficientvit_kernels_cpu_isa() {
+  return efficientvit_kernels::cpu::isa_name(efficientvit_kernels::cpu::isa_in_use());
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(efficientvit_kernels, m) {
+  m.def("relu_linear_attention_fwd(Tensor[] qkv, int head_dim, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "relu_linear_attention_bwd(Tensor grad_out, Tensor[] qkv, Tensor state, int head_dim, float eps, int[] scales) "
+      "-> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(efficientvit_kernels, CPU, m) {
+  m.impl("relu_linear_attention_fwd", TORCH_BOX(&efficientvit_kernels::cpu::relu_linear_attention_fwd_cpu));
+  m.impl("relu_linear_attention_bwd", TORCH_BOX(&efficientvit_kernels::cpu::relu_linear_attention_bwd_cpu));
+}

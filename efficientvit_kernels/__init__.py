@@ -1,0 +1,44 @@
+"""Fused multi-scale linear attention (LiteMLA) for EfficientViT and its relatives.
+
+Everything is imported on first use: importing this package loads neither triton nor a native library and leaves CUDA
+untouched.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._info import info as info
+    from .integrations import Report as Report
+    from .integrations import accelerate as accelerate
+    from .integrations import restore as restore
+    from .nn import FusedLiteMLA as FusedLiteMLA
+    from .nn import LiteMLA as LiteMLA
+    from .ops import relu_linear_attention as relu_linear_attention
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "FusedLiteMLA": ".nn",
+    "LiteMLA": ".nn",
+    "Report": ".integrations",
+    "accelerate": ".integrations",
+    "info": "._info",
+    "relu_linear_attention": ".ops",
+    "restore": ".integrations",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,60 @@
+"""Loads the native libraries, once, and keeps the reason for every backend that cannot serve in this process.
+
+The results are plain module constants, so that traced code (torch.compile, torch.export) reads them as such.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from ._build import CPU_LIBRARY
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+HOW_TO_BUILD = "build it with `pip install --no-build-isolation .` from the source folder (needs a C++ compiler)"
+
+# What "auto" means in this process. Names given in code are never overridden.
+DEFAULT_BACKEND = os.environ.get("EFFICIENTVIT_KERNELS_BACKEND", "auto")
+if DEFAULT_BACKEND not in ("auto", *BACKENDS):
+    raise ValueError(
+        f"EFFICIENTVIT_KERNELS_BACKEND must be one of {', '.join(('auto', *BACKENDS))}, got {DEFAULT_BACKEND!r}"
+    )
+
+
+def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library at `path` with its ops registered, or None and the reason."""
+    if not path.exists():
+        return None, f"{path.name} was not built: {HOW_TO_BUILD}"
+    try:
+        torch.ops.load_library(path)
+        return ctypes.CDLL(str(path)), None
+    except (OSError, RuntimeError) as error:  # another platform, a truncated file, a torch below the floor
+        return None, f"{path.name} does not load into torch {torch.__version__} ({error}): {HOW_TO_BUILD}"
+
+
+_cpu, WHY_NOT_CPU = _load(Path(__file__).with_name(CPU_LIBRARY))
+WHY_NOT_TRITON: str | None = "this version has no Triton kernels"
+WHY_NOT_CUDA: str | None = "this version has no CUDA kernels"
+
+if WHY_NOT_CPU is not None:
+    warnings.warn(f"efficientvit_kernels runs without its CPU kernels: {WHY_NOT_CPU}", RuntimeWarning, stacklevel=2)
+
+
+def cpu_isa() -> str | None:
+    """Instruction set of the CPU kernels ("baseline", "avx2", "avx512"); None without the library."""
+    if _cpu is None:
+        return None
+    _cpu.efficientvit_kernels_cpu_isa.restype = ctypes.c_char_p
+    return str(_cpu.efficientvit_kernels_cpu_isa().decode())
+
+
+def cpu_calls() -> int:
+    """How often a CPU kernel has run in this process, eager or compiled: proof that one did."""
+    if _cpu is None:
+        return 0
+    _cpu.efficientvit_kernels_cpu_calls.restype = ctypes.c_int64
+    return int(_cpu.efficientvit_kernels_cpu_calls())

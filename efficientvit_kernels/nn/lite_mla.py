@@ -1,0 +1,168 @@
+"""LiteMLA, EfficientViT's multi-scale linear attention: the reference module and its fused replacement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from ..ops import relu_linear_attention
+from ..ops._backends import choose
+from ..ops._checks import check_image
+from .conv import ConvLayer, make_activation
+
+T = TypeVar("T")
+
+
+def _pair(value: T | Sequence[T]) -> tuple[T, T]:
+    """Scalars are broadcast, as the official constructor does."""
+    if isinstance(value, (list, tuple)):
+        if len(value) != 2:
+            raise ValueError(f"LiteMLA: a pair must be a scalar or two values, got {len(value)} values")
+        return value[0], value[1]
+    return value, value  # type: ignore[return-value]
+
+
+class LiteMLA(nn.Module):
+    """Multi-scale ReLU linear attention on [B, C, H, W]; the official constructor, state-dict keys and channel order.
+
+    qkv = 1x1 conv of x; per scale s, aggreg_s = grouped 1x1 conv of a depthwise s x s conv of qkv; ReLU linear attention
+    on qkv and on every aggreg_s; proj = 1x1 conv of the concatenated results, and a norm.
+
+    Args:
+        in_channels, out_channels: C of input and output.
+        heads: number of heads per scale; default int(in_channels // dim * heads_ratio).
+        dim: head dimension D.
+        use_bias, norm, act_func: for (qkv, proj); a scalar stands for both. The aggregation convs take qkv's bias flag.
+            norm: "bn2d", "ln2d", "trms2d" or None. act_func: "relu", "relu6", "hswish", "silu", "gelu" or None.
+        kernel_func: feature map of the attention; other than "relu", the reference path serves.
+        scales: odd kernel sizes of the aggregations.
+        eps: added to the attention's denominator in float32.
+
+    This class computes the attention with the plain-torch specification; `FusedLiteMLA` with the kernels.
+    """
+
+    backend = "reference"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        heads: int | None = None,
+        heads_ratio: float = 1.0,
+        dim: int = 8,
+        use_bias: bool | tuple[bool, bool] = False,
+        norm: str | None | tuple[str | None, str | None] = (None, "bn2d"),
+        act_func: str | None | tuple[str | None, str | None] = (None, None),
+        kernel_func: str = "relu",
+        scales: tuple[int, ...] = (5,),
+        eps: float = 1e-15,
+    ) -> None:
+        super().__init__()
+        qkv_bias, proj_bias = _pair(use_bias)
+        qkv_norm, proj_norm = _pair(norm)
+        qkv_act, proj_act = _pair(act_func)
+        heads = int(in_channels // dim * heads_ratio) if heads is None else heads
+        if heads < 1:
+            raise ValueError(f"LiteMLA: in_channels must give at least one head of dim {dim}, got {in_channels}")
+        if any(scale < 1 or scale % 2 == 0 for scale in scales):
+            raise ValueError(f"LiteMLA: scales must be odd and positive, got {tuple(scales)}")
+        total = heads * dim
+        self.dim, self.eps = dim, eps
+        self.qkv = ConvLayer(in_channels, 3 * total, 1, use_bias=qkv_bias, norm=qkv_norm, act_func=qkv_act)
+        self.aggreg = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(3 * total, 3 * total, scale, padding=scale // 2, groups=3 * total, bias=qkv_bias),
+                nn.Conv2d(3 * total, 3 * total, 1, groups=3 * heads, bias=qkv_bias),
+            )
+            for scale in scales
+        )
+        self.kernel_func = make_activation(kernel_func)
+        width = total * (1 + len(scales))
+        self.proj = ConvLayer(width, out_channels, 1, use_bias=proj_bias, norm=proj_norm, act_func=proj_act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        qkv = self.qkv(x)
+        multi_scale = [qkv, *(aggregate(qkv) for aggregate in self.aggreg)]
+        return self.proj(self._attend(multi_scale))  # type: ignore[no-any-return]
+
+    def _attend(self, multi_scale: list[Tensor]) -> Tensor:
+        if isinstance(self.kernel_func, nn.ReLU):
+            return relu_linear_attention(multi_scale, self.dim, eps=self.eps, backend=self.backend)
+        choose(type(self).__name__, self.backend, multi_scale[0].device.type)
+        assert self.kernel_func is not None
+        return reference.relu_linear_attention(
+            multi_scale, self.dim, eps=self.eps, feature_map=self.kernel_func.forward
+        )
+
+    def _check_input(self, x: Tensor) -> None:
+        name = type(self).__name__
+        check_image(name, "x", x)
+        conv = getattr(self.qkv, "conv", None)
+        if not isinstance(conv, nn.Conv2d):
+            return  # wrapped by somebody's adapter, which knows what it accepts
+        if x.shape[1] != conv.in_channels or x.shape[2] == 0 or x.shape[3] == 0:
+            expected = f"[B, {conv.in_channels}, H > 0, W > 0]"
+            raise ValueError(f"{name}: x must be of shape {expected}, got {list(x.shape)}")
+        if x.dtype != conv.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{name}: x must be of the weights' dtype {conv.weight.dtype}, got {x.dtype}")
+
+
+class FusedLiteMLA(LiteMLA):
+    """LiteMLA on the fused kernels: a drop-in replacement with the same constructor, weights, keys and outputs.
+
+    No concatenation of the scales, no float32 copies, no relu, pad and division kernels; the attention saves only qkv and
+    a [B, G, D + 1, D] state for the backward. Submodules are called as they are, so adapters, hooks and
+    parametrizations on them keep working.
+
+    Args: as `LiteMLA`, and
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; see `efficientvit_kernels.relu_linear_attention`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        heads: int | None = None,
+        heads_ratio: float = 1.0,
+        dim: int = 8,
+        use_bias: bool | tuple[bool, bool] = False,
+        norm: str | None | tuple[str | None, str | None] = (None, "bn2d"),
+        act_func: str | None | tuple[str | None, str | None] = (None, None),
+        kernel_func: str = "relu",
+        scales: tuple[int, ...] = (5,),
+        eps: float = 1e-15,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, heads, heads_ratio, dim, use_bias, norm, act_func, kernel_func, scales, eps
+        )
+        self.backend = backend
+
+    @classmethod
+    def from_module(cls, module: nn.Module, backend: str = "auto") -> FusedLiteMLA:
+        """A FusedLiteMLA around the very submodules of an official, timm or own LiteMLA: parameters are shared.
+
+        Raises:
+            TypeError: `module` is not one of the known LiteMLA classes, or not built like them; the message says why.
+        """
+        from ..integrations import why_not_lite_mla
+
+        reason = why_not_lite_mla(module)
+        if reason is not None:
+            raise TypeError(f"FusedLiteMLA.from_module: module must be a known LiteMLA, got one that {reason}")
+        fused = cls.__new__(cls)
+        nn.Module.__init__(fused)
+        fused.dim, fused.eps, fused.backend = module.dim, module.eps, backend  # type: ignore[assignment]
+        for name in ("qkv", "aggreg", "kernel_func", "proj"):
+            setattr(fused, name, getattr(module, name))
+        fused.training = module.training
+        return fused
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, eps={self.eps}, backend={self.backend!r}"

@@ -1,0 +1,155 @@
+"""relu_linear_attention: checks, choice of the backend, autograd, fake kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import _library, reference
+from ..reference.relu_linear_attention import output_format
+from ._backends import choose
+from ._checks import check_eps, check_qkv
+
+OP = "relu_linear_attention"
+
+
+def relu_linear_attention(
+    qkv: Tensor | Sequence[Tensor], head_dim: int, *, eps: float = 1e-15, backend: str = "auto"
+) -> Tensor:
+    """Multi-head ReLU linear attention over all pixels of each image, from packed qkv.
+
+    Per head, with q' = relu(q), k' = relu(k) and sums over the tokens m of one image:
+    out_n = (sum_m v_m k'_m^T) q'_n / (sum_m k'_m . q'_n + eps).
+
+    Args:
+        qkv: [B, heads * 3 * D, H, W], head-major, and inside a head [q(D) | k(D) | v(D)]; or a sequence of such tensors,
+            one per scale, of one shape, dtype and device. float16, bfloat16, float32 or float64. Any strides, which may
+            differ between scales: NCHW, channels_last, slices and transposes are read in place. B, H and W may be 0.
+        head_dim: D, at least 1.
+        eps: added to the denominator, in float32 (float64 for float64). With eps > 0 a zero denominator gives exact 0.
+        backend: "auto", "reference", "cpu", "triton" or "cuda". A named backend runs or raises.
+
+    Returns:
+        [B, scales * heads * D, H, W], scale-major, then head; qkv's dtype; channels_last if the (first) qkv is.
+
+    Numerics: products and sums in float32 (float64 for float64) from the stored values, one rounding at the end. NaN and
+    inf go where the formula in float32 sends them. The cpu backend gives the same bits from run to run, at any thread
+    count and in any layout. Backward saves qkv and a [B, scales * heads, D + 1, D] state; a second differentiation and
+    forward-mode differentiation raise.
+
+    Raises:
+        TypeError: qkv, head_dim or eps of a wrong type or dtype.
+        ValueError: wrong rank, channels, device, eps or backend name.
+        NotImplementedError: the named backend cannot run here; the message says why.
+
+    Source: H. Cai et al., "EfficientViT: Multi-Scale Linear Attention for High-Resolution Dense Prediction", 2023.
+    """
+    tensors = (qkv,) if isinstance(qkv, Tensor) else _as_tuple(qkv)
+    check_qkv(OP, tensors, head_dim)
+    check_eps(OP, eps)
+    if choose(OP, backend, tensors[0].device.type) == "reference":
+        return reference.relu_linear_attention(tensors, head_dim, eps=eps)
+    if _needs_autograd(tensors):
+        out: Tensor = _ReluLinearAttention.apply(head_dim, float(eps), *tensors)[0]
+        return out
+    return _forward_op()(list(tensors), head_dim, float(eps))[0]
+
+
+def _as_tuple(qkv: object) -> tuple[Tensor, ...]:
+    if not isinstance(qkv, Sequence):
+        raise TypeError(f"{OP}: qkv must be a tensor or a sequence of tensors, got {type(qkv).__name__}")
+    return tuple(qkv)
+
+
+def _needs_autograd(tensors: tuple[Tensor, ...]) -> bool:
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        return True  # the Function raises for forward mode, where a bare op would return zero tangents
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _forward_op() -> Any:
+    return torch.ops.efficientvit_kernels.relu_linear_attention_fwd.default
+
+
+def _backward_op() -> Any:
+    return torch.ops.efficientvit_kernels.relu_linear_attention_bwd.default
+
+
+class _ReluLinearAttention(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(head_dim: int, eps: float, *qkv: Tensor) -> tuple[Tensor, Tensor]:
+        out, state = _forward_op()(list(qkv), head_dim, eps)
+        return out, state
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        head_dim, eps, *qkv = inputs
+        ctx.head_dim, ctx.eps = head_dim, eps
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1], *qkv)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        state, *qkv = ctx.saved_tensors
+        scales = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        grads: Sequence[Tensor] = _ReluLinearAttentionBackward.apply(
+            ctx.head_dim, ctx.eps, scales, grad_out, state, *qkv
+        )
+        by_scale = dict(zip(scales, grads, strict=True))
+        return (None, None, *(by_scale.get(i) for i in range(len(qkv))))
+
+
+class _ReluLinearAttentionBackward(torch.autograd.Function):
+    """The backward as a Function of its own, so that differentiating it raises instead of returning None in silence."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        head_dim: int, eps: float, scales: list[int], grad_out: Tensor, state: Tensor, *qkv: Tensor
+    ) -> tuple[Tensor, ...]:
+        return tuple(_backward_op()(grad_out, list(qkv), state, head_dim, eps, scales))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:  # type: ignore[override]
+        raise NotImplementedError(
+            f"{OP}: derivative must be of first order, got a second differentiation; use backend='reference' for it"
+        )
+
+
+def _fwd_fake(qkv: list[Tensor], head_dim: int, eps: float) -> tuple[Tensor, Tensor]:
+    first = qkv[0]
+    batch, channels, height, width = first.shape
+    groups = channels // (3 * head_dim) * len(qkv)
+    out = torch.empty(
+        (batch, groups * head_dim, height, width),
+        dtype=first.dtype,
+        device=first.device,
+        memory_format=output_format(first),
+    )
+    state_dtype = torch.promote_types(first.dtype, torch.float32)
+    return out, first.new_empty((batch, groups, head_dim + 1, head_dim), dtype=state_dtype)
+
+
+def _bwd_fake(
+    grad_out: Tensor, qkv: list[Tensor], state: Tensor, head_dim: int, eps: float, scales: list[int]
+) -> list[Tensor]:
+    return [
+        torch.empty(qkv[i].shape, dtype=qkv[i].dtype, device=qkv[i].device, memory_format=output_format(qkv[i]))
+        for i in scales
+    ]
+
+
+if _library.WHY_NOT_CPU is None:
+    torch.library.register_fake("efficientvit_kernels::relu_linear_attention_fwd", _fwd_fake)
+    torch.library.register_fake("efficientvit_kernels::relu_linear_attention_bwd", _bwd_fake)
