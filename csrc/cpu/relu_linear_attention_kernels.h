@@ -85,8 +85,15 @@ inline constexpr T kReciprocalLimit = sizeof(T) == 4 ? T(0x1p96) : T(0x1p960);
 // Divides the columns of `tile` by den, or returns the factors (written over den) that the caller multiplies them by.
 template <class T>
 static const T* divide_or_factors(T* tile, int64_t rows, int64_t cols, T* den) {
-  bool ordinary = true;
-  for (int64_t c = 0; c < cols; ++c) ordinary &= den[c] >= 1 / kReciprocalLimit<T> && den[c] <= kReciprocalLimit<T>;
+  Vec<T> extraordinary{};  // a nonzero lane marks a den outside the range; padding columns are put inside it
+  for (int64_t c = cols; c % kLanes<T> != 0; ++c) den[c] = T(1);
+  for (int64_t c = 0; c < cols; c += kLanes<T>) {
+    const Vec<T> d = load(den + c);
+    extraordinary += d >= 1 / kReciprocalLimit<T> && d <= kReciprocalLimit<T> ? Vec<T>{} : broadcast(T(1));
+  }
+  T marks = 0;
+  for (int i = 0; i < kLanes<T>; ++i) marks += extraordinary[i];
+  const bool ordinary = marks == 0;
   for (int64_t c = 0; c < cols; c += kLanes<T>) {
     const Vec<T> d = load(den + c);
     if (ordinary) {
@@ -116,15 +123,16 @@ static void state_kernel(const ReluLinearAttentionArgs& args, const ReluLinearAt
   clear_matrix(sum, D, ld);
   const auto k = part_of<const S>(args.qkv, args, task.b, task.g, kK);
   const auto v = part_of<const S>(args.qkv, args, task.b, task.g, kV);
-  // A last row, or column, of ones in v sums k' beside v k'^T.
   const bool by_rows = k.stride_w != 1 && k.stride_c == 1;
-  for (int64_t i = 0; i < kTileTokens; ++i) (by_rows ? v_row[i * ld + D] : v_column[D * kTileLd + i]) = T(1);
+  // A last row, or column, of ones in v sums k' beside v k'^T.
+  for (int64_t i = 0; i < kTileTokens; ++i) v_column[D * kTileLd + i] = T(1);
 
   for (int64_t n = task.n0; n < task.n1; n += kTileTokens) {
     const int64_t count = task.n1 - n < kTileTokens ? task.n1 - n : kTileTokens;
     if (by_rows) {
       load_row_tile<Load::kRelu>(k, D, n, count, k_row, ld);
       load_row_tile<Load::kPlain>(v, D, n, count, v_row, ld);
+      for (int64_t i = 0; i < count; ++i) v_row[i * ld + D] = T(1);
     } else {
       load_column_tile<Load::kRelu>(k, D, n, count, k_column, k_row, ld);
       transpose(k_column, kTileLd, D, count, k_row, ld);

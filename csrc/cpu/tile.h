@@ -126,21 +126,22 @@ static inline X loaded(X x) {
   return x;
 }
 
+// Whole vectors: dst is filled with zeros up to the next multiple of kLanes.
 template <Load kLoad, class S, class T>
 static inline void convert_in(const S* src, int64_t count, T* dst) {
   int64_t i = 0;
   for (; i + kLanes<T> <= count; i += kLanes<T>) store(dst + i, loaded<kLoad>(load_compute(src + i)));
-  for (; i < count; ++i) dst[i] = loaded<kLoad>(to_compute(src[i]));
+  if (i < count) store(dst + i, loaded<kLoad>(load_compute(src + i, count - i)));
 }
 
-// With `factors`, value i is multiplied by factors[i].
-template <class S, class T>
+// With kFactors, value i is multiplied by factors[i].
+template <bool kFactors, class S, class T>
 static inline void convert_out(const T* src, const T* factors, int64_t count, S* dst) {
   int64_t i = 0;
   for (; i + kLanes<T> <= count; i += kLanes<T>) {
-    store_compute(dst + i, factors ? load(src + i) * load(factors + i) : load(src + i));
+    store_compute(dst + i, kFactors ? load(src + i) * load(factors + i) : load(src + i));
   }
-  for (; i < count; ++i) from_compute(factors ? src[i] * factors[i] : src[i], dst + i);
+  if (i < count) store_compute(dst + i, kFactors ? load(src + i) * load(factors + i) : load(src + i), count - i);
 }
 
 // Calls body(first token of the run, offset in the tile, length) for every run of tokens within one image row.
@@ -152,6 +153,15 @@ static inline void for_each_run(const Tokens<S>& tokens, int64_t n0, int64_t cou
     const int64_t length = left_in_row < count - done ? left_in_row : count - done;
     body(tokens.at(n0 + done), done, length);
     done += length;
+  }
+}
+
+// Rows of a tile are too many, and too short, for the hardware's prefetcher: each asks for its part in the next tile. An
+// address past the end of the tensor does no harm.
+template <int kForWriting, class S>
+static inline void prefetch_next(const S* row, int64_t length) {
+  for (int64_t i = 0; i < length; i += 64 / static_cast<int64_t>(sizeof(S))) {
+    __builtin_prefetch(row + length + i, kForWriting);
   }
 }
 
@@ -182,52 +192,66 @@ static void load_column_tile(const Tokens<const S>& tokens, int64_t channels, in
     return;
   }
   for_each_run(tokens, n0, count, [&](const S* run, int64_t offset, int64_t length) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const S* row = run + c * tokens.stride_c;
-      T* dst = out + c * kTileLd + offset;
-      if (tokens.stride_w == 1) {
-        // The next tile's part of this row: the rows are too many for the hardware's prefetcher to follow, and an address
-        // past the end does no harm.
-        for (int64_t i = 0; i < length; i += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + kTileTokens + i);
+    const S* row = run;
+    T* dst = out + offset;
+    if (tokens.stride_w == 1) {
+      for (int64_t c = 0; c < channels; ++c, row += tokens.stride_c, dst += kTileLd) {
+        prefetch_next<0>(row, length);
         convert_in<kLoad>(row, length, dst);
-      } else {
-        for (int64_t i = 0; i < length; ++i) dst[i] = loaded<kLoad>(to_compute(row[i * tokens.stride_w]));
+      }
+      return;
+    }
+    for (int64_t c = 0; c < channels; ++c, row += tokens.stride_c, dst += kTileLd) {
+      for (int64_t i = 0; i < length; ++i) dst[i] = loaded<kLoad>(to_compute(row[i * tokens.stride_w]));
+    }
+  });
+}
+
+// The opposite way: a column tile to memory, rounded once to the storage type. With kFactors, token i is multiplied by
+// factors[i] first.
+template <bool kFactors, class S, class T>
+static void store_columns(const T* tile, const T* factors, const Tokens<S>& tokens, int64_t channels, int64_t n0,
+                          int64_t count, T* scratch, int64_t ld_scratch) {
+  const bool by_rows = tokens.stride_w != 1 && tokens.stride_c == 1;
+  if (by_rows) transpose(tile, kTileLd, channels, count, scratch, ld_scratch);
+  for_each_run(tokens, n0, count, [&](S* run, int64_t offset, int64_t length) {
+    if (by_rows) {
+      T* row = scratch + offset * ld_scratch;
+      for (int64_t i = 0; i < length; ++i, row += ld_scratch) {
+        if constexpr (kFactors) {
+          const Vec<T> factor = broadcast(factors[offset + i]);
+          for (int64_t c = 0; c < channels; c += kLanes<T>) store(row + c, load(row + c) * factor);
+        }
+        convert_out<false>(row, factors, channels, run + i * tokens.stride_w);
+      }
+      return;
+    }
+    const T* row = tile + offset;
+    S* dst = run;
+    if (tokens.stride_w == 1) {
+      for (int64_t c = 0; c < channels; ++c, row += kTileLd, dst += tokens.stride_c) {
+        prefetch_next<1>(dst, length);
+        convert_out<kFactors>(row, factors + offset, length, dst);
+      }
+      return;
+    }
+    for (int64_t c = 0; c < channels; ++c, row += kTileLd, dst += tokens.stride_c) {
+      for (int64_t i = 0; i < length; ++i) {
+        from_compute(kFactors ? row[i] * factors[offset + i] : row[i], dst + i * tokens.stride_w);
       }
     }
   });
 }
 
-// The opposite way: a column tile to memory, rounded once to the storage type. With `factors`, token i is multiplied by
-// factors[i] first.
+// As store_columns; `factors` may be null.
 template <class S, class T>
 static void store_column_tile(const T* tile, const T* factors, const Tokens<S>& tokens, int64_t channels, int64_t n0,
                               int64_t count, T* scratch, int64_t ld_scratch) {
-  const bool by_rows = tokens.stride_w != 1 && tokens.stride_c == 1;
-  if (by_rows) transpose(tile, kTileLd, channels, count, scratch, ld_scratch);
-  for_each_run(tokens, n0, count, [&](S* run, int64_t offset, int64_t length) {
-    if (by_rows) {
-      for (int64_t i = 0; i < length; ++i) {
-        T* row = scratch + (offset + i) * ld_scratch;
-        if (factors) {
-          const Vec<T> factor = broadcast(factors[offset + i]);
-          for (int64_t c = 0; c < channels; c += kLanes<T>) store(row + c, load(row + c) * factor);
-        }
-        convert_out<S, T>(row, nullptr, channels, run + i * tokens.stride_w);
-      }
-      return;
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-      const T* row = tile + c * kTileLd + offset;
-      S* dst = run + c * tokens.stride_c;
-      if (tokens.stride_w == 1) {
-        convert_out(row, factors ? factors + offset : nullptr, length, dst);
-      } else {
-        for (int64_t i = 0; i < length; ++i) {
-          from_compute(factors ? row[i] * factors[offset + i] : row[i], dst + i * tokens.stride_w);
-        }
-      }
-    }
-  });
+  if (factors) {
+    store_columns<true>(tile, factors, tokens, channels, n0, count, scratch, ld_scratch);
+  } else {
+    store_columns<false>(tile, tile, tokens, channels, n0, count, scratch, ld_scratch);
+  }
 }
 
 }  // namespace efficientvit_kernels::cpu::EVK_ISA

@@ -178,6 +178,59 @@ static inline void store_compute(BFloat16* p, Vec<float> v) {
   __builtin_memcpy(p, &bits, sizeof(bits));
 }
 
+// The first `count` < kLanes values, zeros after them; and the store that touches no more than `count` values.
+template <class S>
+static inline Vec<Compute<S>> load_compute(const S* p, int64_t count) {
+  S values[kLanes<Compute<S>>] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = p[i];
+  return load_compute(values);
+}
+template <class S>
+static inline void store_compute(S* p, Vec<Compute<S>> v, int64_t count) {
+  S values[kLanes<Compute<S>>];
+  store_compute(values, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = values[i];
+}
+
+#if defined(__AVX512F__)
+static inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+
+template <>
+inline Vec<float> load_compute<float>(const float* p, int64_t count) {
+  return _mm512_maskz_loadu_ps(first_lanes(count), p);
+}
+template <>
+inline Vec<float> load_compute<Half>(const Half* p, int64_t count) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), p));
+}
+template <>
+inline Vec<float> load_compute<BFloat16>(const BFloat16* p, int64_t count) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(count), p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+template <>
+inline void store_compute<float>(float* p, Vec<float> v, int64_t count) {
+  _mm512_mask_storeu_ps(p, first_lanes(count), v);
+}
+template <>
+inline void store_compute<Half>(Half* p, Vec<float> v, int64_t count) {
+  _mm256_mask_storeu_epi16(p, first_lanes(count), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__AVX2__)
+static inline __m256i first_lanes(int64_t count) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
+}
+template <>
+inline Vec<float> load_compute<float>(const float* p, int64_t count) {
+  return _mm256_maskload_ps(p, first_lanes(count));
+}
+template <>
+inline void store_compute<float>(float* p, Vec<float> v, int64_t count) {
+  _mm256_maskstore_ps(p, first_lanes(count), v);
+}
+#endif
+
 // --- transpose of kLanes rows by 4 columns: out[c][r] = src[r * ld + c] --------------------------------------------
 
 template <class T>
