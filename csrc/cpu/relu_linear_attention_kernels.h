@@ -201,25 +201,42 @@ static void scale_columns(T* tile, int64_t rows, int64_t cols, const T* factors)
   }
 }
 
-// dden = -(q' . u) / den, into the row below dnum; 1 / den where there are factors.
+// grad_q is a difference: u - z (q' . u) / den, exactly zero where q' has one positive element. A token with a tiny den
+// makes both terms huge, and its rounding errors would be the largest of the whole image. So den and q' . u are summed in
+// double, and dden is kept as the sum of two T (grad_denominator): then an error in u cancels as u itself does.
 template <class T>
-static void grad_denominator(const T* q, const T* u, int64_t rows, int64_t cols, const T* factors, const T* den,
-                             T* dden) {
-  for (int64_t c = 0; c < cols; c += kLanes<T>) {
-    Vec<T> dot{};
-    for (int64_t r = 0; r < rows; ++r) dot -= load(q + r * kTileLd + c) * load(u + r * kTileLd + c);
-    store(dden + c, factors ? dot * load(factors + c) : dot / load(den + c));
+static void denominator(const T* q, const T* z, int64_t rows, int64_t cols, double eps, double* wide_den, T* den) {
+  for (int64_t c = 0; c < cols; c += kLanes<double>) {
+    Vec<double> dot = broadcast(eps);
+    for (int64_t r = 0; r < rows; ++r) dot += load_wide(q + r * kTileLd + c) * broadcast(static_cast<double>(z[r]));
+    store(wide_den + c, dot);
+    store_narrow(den + c, dot);
   }
 }
 
-// tile[r][c] += column[r] * row[c]
+// dden = -(q' . u) / den = high + low
 template <class T>
-static void add_outer(T* tile, const T* column, const T* row, int64_t rows, int64_t cols) {
+static void grad_denominator(const T* q, const T* u, int64_t rows, int64_t cols, const double* wide_den, T* high,
+                             T* low) {
+  for (int64_t c = 0; c < cols; c += kLanes<double>) {
+    Vec<double> dot{};
+    for (int64_t r = 0; r < rows; ++r) dot -= load_wide(q + r * kTileLd + c) * load_wide(u + r * kTileLd + c);
+    const Vec<double> dden = dot / load(wide_den + c);
+    store_narrow(high + c, dden);
+    const Vec<double> rounded = load_wide(high + c);
+    store_narrow(low + c, rounded - rounded == 0 ? dden - rounded : Vec<double>{});  // inf - inf would be NaN
+  }
+}
+
+// tile[r][c] += column[r] * (high[c] + low[c])
+template <class T>
+static void add_outer(T* tile, const T* column, const T* high, const T* low, int64_t rows, int64_t cols) {
   for (int64_t r = 0; r < rows; ++r) {
     const Vec<T> x = broadcast(column[r]);
     for (int64_t c = 0; c < cols; c += kLanes<T>) {
       T* out = tile + r * kTileLd + c;
-      store(out, load(out) + x * load(row + c));
+      const Vec<T> sum = load(out) + x * load(high + c);
+      store(out, sum + x * load(low + c));
     }
   }
 }
@@ -236,7 +253,8 @@ static void grad_q_kernel(const ReluLinearAttentionArgs& args, const ReluLinearA
   clear_matrix(sum, D, ld);
   load_matrix(state_of<T>(args.state, args, task), D, state, ld);
   const T* z = state + D * ld;
-  T* dden = dnum + D * kTileLd;
+  T *dden = dnum + D * kTileLd, *dden_low = u + D * kTileLd;
+  double wide_den[kTileLd];
   const auto q = part_of<const S>(args.qkv, args, task.b, task.g, kQ);
   const auto grad_out = out_of<const S>(args, task.b, task.g);
   const auto grad_q = part_of<S>(args.grad_qkv, args, task.b, task.g, kQ);
@@ -245,15 +263,14 @@ static void grad_q_kernel(const ReluLinearAttentionArgs& args, const ReluLinearA
     const int64_t count = task.n1 - n < kTileTokens ? task.n1 - n : kTileTokens;
     load_column_tile<Load::kRelu>(q, D, n, count, q_column, row, ld);
     load_column_tile<Load::kPlain>(grad_out, D, n, count, dnum, row, ld);
-    product<T, 1, false>(1, D, count, z, 1, q_column, kTileLd, den, kTileLd);
-    add_to_row(den, count, static_cast<T>(args.eps));
+    denominator(q_column, z, D, count, static_cast<T>(args.eps), wide_den, den);
     const T* factors = divide_or_factors(dnum, D, count, den);
     if (factors) scale_columns(dnum, D, count, factors);
     product<T, 1, false>(D, D, count, state, ld, dnum, kTileLd, u, kTileLd);
-    grad_denominator(q_column, u, D, count, factors, den, dden);
+    grad_denominator(q_column, u, D, count, wide_den, dden, dden_low);
     transpose(q_column, kTileLd, D, count, row, ld);
     product<T, kTileLd, true>(D + 1, count, D, dnum, 1, row, ld, sum, ld);
-    add_outer(u, z, dden, D, count);
+    add_outer(u, z, dden, dden_low, D, count);
     mask_by_relu(u, q_column, D, count);
     store_column_tile<S, T>(u, nullptr, grad_q, D, n, count, row, ld);
   }

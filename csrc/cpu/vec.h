@@ -49,6 +49,21 @@ static inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // x - 0 keeps the sign of zero and is folded away; x + 0 would not
 }
 
+// As many values as a Vec<double> holds, in double.
+static inline Vec<double> load_wide(const double* p) { return load(p); }
+static inline Vec<double> load_wide(const float* p) {
+  typedef float Floats __attribute__((vector_size(kVecBytes / 2)));
+  Floats v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, Vec<double>);
+}
+static inline void store_narrow(double* p, Vec<double> v) { store(p, v); }
+static inline void store_narrow(float* p, Vec<double> wide) {
+  typedef float Floats __attribute__((vector_size(kVecBytes / 2)));
+  const Floats v = __builtin_convertvector(wide, Floats);
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
 // relu that keeps NaN; std::max and maxps(x, 0) lose it.
 template <class X>
 static inline X relu(X x) {
