@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .integrations import restore as restore
     from .nn import FusedLiteMLA as FusedLiteMLA
     from .nn import LiteMLA as LiteMLA
-    from .ops import relu_linear_attention as relu_linear_attention
+    from .ops.relu_linear_attention import relu_linear_attention as relu_linear_attention
 
 __version__ = "0.1.0"
 

@@ -30,7 +30,7 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
     if not path.exists():
         return None, f"{path.name} was not built: {HOW_TO_BUILD}"
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
         return ctypes.CDLL(str(path)), None
     except (OSError, RuntimeError) as error:  # another platform, a truncated file, a torch below the floor
         return None, f"{path.name} does not load into torch {torch.__version__} ({error}): {HOW_TO_BUILD}"

@@ -57,11 +57,13 @@ class Verdict:
 def rule_t(ours: Tensor, truth: Tensor, base: Tensor, mask_from: Tensor | None = None) -> Verdict:
     """Judges `ours` against the float64 `truth`, with `base` the official formula in the same dtype.
 
-    Where `base` is not finite, pass the official formula in float32, cast to ours.dtype, instead. `mask_from` says where
-    NaN and inf belong (the formula in float32, rule T3); default: `truth` cast to ours.dtype.
+    Where `base` is not finite, pass the official formula in float32, cast to ours.dtype, instead. `mask_from` says
+    where NaN and inf belong (the formula in float32, rule T3); default: `truth` cast to ours.dtype.
     """
     if ours.shape != truth.shape or base.shape != truth.shape:
-        raise ValueError(f"rule_t: ours must be of shape {list(truth.shape)}, got {list(ours.shape)}, {list(base.shape)}")
+        raise ValueError(
+            f"rule_t: ours must be of shape {list(truth.shape)}, got {list(ours.shape)}, {list(base.shape)}"
+        )
     expected = truth.to(ours.dtype) if mask_from is None else mask_from.to(ours.dtype)
     masks_agree = all(
         bool(torch.equal(kind(ours), kind(expected))) for kind in (torch.isnan, torch.isposinf, torch.isneginf)
@@ -98,7 +100,7 @@ def official_relu_linear_attention(qkv: Tensor | Sequence[Tensor], head_dim: int
     linear = tokens > head_dim
     if linear and dtype == torch.float16:
         packed = packed.float()
-    q, k, v = packed.reshape(batch, -1, 3 * head_dim, tokens).split(head_dim, dim=2)  # [B, G, D, N]
+    q, k, v = packed.reshape(batch, -1, 3 * head_dim, tokens).split(head_dim, dim=2)  # type: ignore[no-untyped-call]  # [B, G, D, N]
     q, k = torch.relu(q), torch.relu(k)
     if linear:
         v = torch.nn.functional.pad(v, (0, 0, 0, 1), value=1.0)
@@ -127,14 +129,15 @@ def make_qkv(
     layout: str = "nchw",
     seed: int = 0,
 ) -> list[Tensor]:
-    """Random qkv tensors, one per scale. `layout`: nchw, channels_last, sliced (every axis cut out of a larger tensor) or
-    transposed (H and W swapped in memory)."""
+    """Random qkv tensors, one per scale. `layout`: nchw, channels_last, sliced (every axis cut out of a larger tensor)
+    or transposed (H and W swapped in memory)."""
     generator = torch.Generator().manual_seed(seed)
     channels = heads * 3 * head_dim
 
     def one() -> Tensor:
         if layout == "sliced":
-            big = torch.randn(batch + 1, channels + 3, height + 2, 2 * width + 1, generator=generator, dtype=torch.float64)
+            larger = (batch + 1, channels + 3, height + 2, 2 * width + 1)
+            big = torch.randn(larger, generator=generator, dtype=torch.float64)
             return big.to(dtype)[1:, 2 : 2 + channels, 1 : 1 + height, 1 : 1 + 2 * width : 2]
         if layout == "transposed":
             x = torch.randn(batch, channels, width, height, generator=generator, dtype=torch.float64)

@@ -1,4 +1,5 @@
-// All CPU kernels, compiled for the instruction set that the compiler targets by default: _build.py sets the flags of this file.
+// All CPU kernels, compiled for the instruction set that the compiler targets by default: _build.py sets the flags of
+// this file.
 //
 // No inline function of a shared or standard header may be emitted here: the linker could pick this copy, with its
 // instructions, for code that runs on every CPU. tests/test_build.py looks for such symbols.

@@ -1,12 +1,13 @@
-// How the CPU kernels cut a problem into tasks. Pure functions of the problem: the thread count never enters, so results
-// have the same bits at any thread count.
+// How the CPU kernels cut a problem into tasks. Pure functions of the problem: the thread count never enters, so
+// results have the same bits at any thread count.
 #pragma once
 
 #include <cstdint>
 
 namespace efficientvit_kernels::cpu {
 
-// Tokens that one tile holds: [D, 64] fp32 is 4 KB at D = 16, so the three tiles of a pass stay in a 32 KB L1 to D = 32.
+// Tokens that one tile holds: [D, 64] fp32 is 4 KB at D = 16, so the three tiles of a pass stay in a 32 KB L1 to D
+// = 32.
 inline constexpr int64_t kTileTokens = 64;
 
 inline constexpr int64_t at_least(int64_t least, int64_t x) { return x < least ? least : x; }

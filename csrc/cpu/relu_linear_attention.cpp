@@ -26,11 +26,16 @@ std::atomic<int64_t> calls{0};
 
 StorageType storage_type(const Tensor& t, const char* op) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return StorageType::kFloat;
-    case ScalarType::Double: return StorageType::kDouble;
-    case ScalarType::Half: return StorageType::kHalf;
-    case ScalarType::BFloat16: return StorageType::kBFloat16;
-    default: break;
+    case ScalarType::Float:
+      return StorageType::kFloat;
+    case ScalarType::Double:
+      return StorageType::kDouble;
+    case ScalarType::Half:
+      return StorageType::kHalf;
+    case ScalarType::BFloat16:
+      return StorageType::kBFloat16;
+    default:
+      break;
   }
   EVK_CHECK(false, op, "qkv", "float16, bfloat16, float32 or float64", "another dtype");
 }
@@ -62,7 +67,9 @@ ImageTensor image_of(const Tensor& t) {
 }
 
 struct ZeroedBuffer {
-  explicit ZeroedBuffer(int64_t bytes) : data(::operator new(bytes, std::align_val_t{64})) { std::memset(data, 0, bytes); }
+  explicit ZeroedBuffer(int64_t bytes) : data(::operator new(bytes, std::align_val_t{64})) {
+    std::memset(data, 0, bytes);
+  }
   ~ZeroedBuffer() { ::operator delete(data, std::align_val_t{64}); }
   ZeroedBuffer(const ZeroedBuffer&) = delete;
   ZeroedBuffer& operator=(const ZeroedBuffer&) = delete;
@@ -110,7 +117,8 @@ struct Problem {
     return torch::stable::empty(sizes, state_dtype, std::nullopt, like.device());
   }
 
-  // Runs `body(task, scratch)` for every task, in parallel. A task's sums go to `sums` for chunk 0, to `args.partial` after it.
+  // Runs `body(task, scratch)` for every task, in parallel. A task's sums go to `sums` for chunk 0, to `args.partial`
+  // after it.
   template <class Body>
   void for_each_task(void* sums, int64_t flops_per_token, Body body) const {
     const int64_t tokens = args.tokens(), chunk = chunk_tokens(args.head_dim);
@@ -133,7 +141,9 @@ struct Problem {
   template <class T>
   void reduce(void* sums) const {
     const int64_t numel = pairs() * args.state_numel();
-    auto chunk_of = [&](int64_t c) { return static_cast<T*>(c == 0 ? sums : args.partial) + (c == 0 ? 0 : (c - 1) * numel); };
+    auto chunk_of = [&](int64_t c) {
+      return static_cast<T*>(c == 0 ? sums : args.partial) + (c == 0 ? 0 : (c - 1) * numel);
+    };
     torch::stable::parallel_for(0, numel, 1 << 15, [&](int64_t begin, int64_t end) {
       for (int64_t step = 1; step < chunks; step *= 2) {
         for (int64_t c = 0; c + step < chunks; c += 2 * step) {
@@ -157,7 +167,8 @@ struct Problem {
     }
     for_each_task(sums, flops, [&](const ReluLinearAttentionTask& task, void* scratch) { first(args, task, scratch); });
     state_dtype == ScalarType::Double ? reduce<double>(sums) : reduce<float>(sums);
-    for_each_task(sums, flops, [&](const ReluLinearAttentionTask& task, void* scratch) { second(args, task, scratch); });
+    for_each_task(sums, flops,
+                  [&](const ReluLinearAttentionTask& task, void* scratch) { second(args, task, scratch); });
   }
 
   ReluLinearAttentionKernels kernels;
@@ -221,7 +232,9 @@ std::vector<Tensor> relu_linear_attention_bwd_cpu(Tensor grad_out, std::vector<T
 }  // namespace efficientvit_kernels::cpu
 
 // For tests and `info`, through ctypes: which kernels run, and whether they ran.
-extern "C" __attribute__((visibility("default"))) int64_t efficientvit_kernels_cpu_calls() { return efficientvit_kernels::cpu::calls.load(); }
+extern "C" __attribute__((visibility("default"))) int64_t efficientvit_kernels_cpu_calls() {
+  return efficientvit_kernels::cpu::calls.load();
+}
 extern "C" __attribute__((visibility("default"))) const char* efficientvit_kernels_cpu_isa() {
   return efficientvit_kernels::cpu::isa_name(efficientvit_kernels::cpu::isa_in_use());
 }

@@ -21,12 +21,12 @@ struct ImageTensor {
 };
 
 struct ReluLinearAttentionArgs {
-  const ImageTensor* qkv;        // [scales], each [B, heads * 3 * D, H, W]
-  const ImageTensor* grad_qkv;   // [scales] for the backward; data is null where no gradient is wanted
-  ImageTensor out;               // [B, G * D, H, W]; the backward reads grad_out through it
-  void* state;                   // [B * G, D + 1, D], compute type
-  void* partial;                 // [chunks - 1, B * G, D + 1, D]: what a pass sums over chunks 1, 2, ...
-  void* grad_state;              // [B * G, D + 1, D]: gradient of the state, backward only
+  const ImageTensor* qkv;       // [scales], each [B, heads * 3 * D, H, W]
+  const ImageTensor* grad_qkv;  // [scales] for the backward; data is null where no gradient is wanted
+  ImageTensor out;              // [B, G * D, H, W]; the backward reads grad_out through it
+  void* state;                  // [B * G, D + 1, D], compute type
+  void* partial;                // [chunks - 1, B * G, D + 1, D]: what a pass sums over chunks 1, 2, ...
+  void* grad_state;             // [B * G, D + 1, D]: gradient of the state, backward only
   int64_t heads, groups, head_dim, height, width;
   double eps;
 
@@ -50,10 +50,16 @@ struct ReluLinearAttentionKernels {
   int64_t (*scratch_bytes)(int64_t head_dim);
 };
 
-namespace baseline { ReluLinearAttentionKernels relu_linear_attention_kernels(StorageType); }
+namespace baseline {
+ReluLinearAttentionKernels relu_linear_attention_kernels(StorageType);
+}
 #if defined(__x86_64__)
-namespace avx2 { ReluLinearAttentionKernels relu_linear_attention_kernels(StorageType); }
-namespace avx512 { ReluLinearAttentionKernels relu_linear_attention_kernels(StorageType); }
+namespace avx2 {
+ReluLinearAttentionKernels relu_linear_attention_kernels(StorageType);
+}
+namespace avx512 {
+ReluLinearAttentionKernels relu_linear_attention_kernels(StorageType);
+}
 #endif
 
 }  // namespace efficientvit_kernels::cpu

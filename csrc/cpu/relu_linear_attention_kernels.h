@@ -31,17 +31,15 @@ static Tokens<S> out_of(const ReluLinearAttentionArgs& args, int64_t b, int64_t 
   return tokens_of<S>(args.out, args, b, g * args.head_dim);
 }
 
-// Scratch memory of one thread for head dim D: what the passes below call q_column, row, ... Zeroed once, so that padding
-// is finite; a task leaves old values behind, which the next one overwrites or keeps in padding.
+// Scratch memory of one thread for head dim D: what the passes below call q_column, row, ... Zeroed once, so that
+// padding is finite; a task leaves old values behind, which the next one overwrites or keeps in padding.
 template <class T>
 struct Scratch {
   static constexpr int kColumns = 4, kRows = 2, kMatrices = 2;
 
   // Row stride of row tiles and matrices: whole vectors, and whole blocks of transpose_lanes_by_4.
   static int64_t row_stride(int64_t head_dim) { return (head_dim + 1 + 15) / 16 * 16; }
-  static int64_t numel(int64_t ld) {
-    return kColumns * ld * kTileLd + kRows * kTileTokens * ld + kMatrices * ld * ld;
-  }
+  static int64_t numel(int64_t ld) { return kColumns * ld * kTileLd + kRows * kTileTokens * ld + kMatrices * ld * ld; }
 
   Scratch(void* memory, int64_t head_dim) : ld(row_stride(head_dim)) {
     T* next = static_cast<T*>(memory);
@@ -77,8 +75,9 @@ static T* state_of(void* states, const ReluLinearAttentionArgs& args, const Relu
   return static_cast<T*>(states) + (task.b * args.groups + task.g) * args.state_numel();
 }
 
-// x / den by way of 1 / den: one division a token instead of D, for an error of 1.5 ulp instead of 0.5. Only where every
-// 1 / den is an ordinary number; otherwise (huge, subnormal or zero den, NaN) the true division keeps each special case.
+// x / den by way of 1 / den: one division a token instead of D, for an error of 1.5 ulp instead of 0.5. Only where
+// every 1 / den is an ordinary number; otherwise (huge, subnormal or zero den, NaN) the true division keeps each
+// special case.
 template <class T>
 inline constexpr T kReciprocalLimit = sizeof(T) == 4 ? T(0x1p96) : T(0x1p960);
 
@@ -110,7 +109,8 @@ static void add_to_row(T* row, int64_t cols, T x) {
   for (int64_t c = 0; c < cols; c += kLanes<T>) store(row + c, load(row + c) + broadcast(x));
 }
 
-// --- forward ------------------------------------------------------------------------------------------------------------
+// --- forward
+// ------------------------------------------------------------------------------------------------------------
 
 template <class S>
 static void state_kernel(const ReluLinearAttentionArgs& args, const ReluLinearAttentionTask& task, void* memory) {
@@ -171,7 +171,8 @@ static void apply_kernel(const ReluLinearAttentionArgs& args, const ReluLinearAt
   }
 }
 
-// --- backward -----------------------------------------------------------------------------------------------------------
+// --- backward
+// -----------------------------------------------------------------------------------------------------------
 //
 // With KV and z the state, dO = grad_out, den_n = z . q'_n + eps, dnum_n = dO_n / den_n, u_n = KV^T dnum_n:
 //   dden_n = -(q'_n . u_n) / den_n          (no forward output needed, and never 1 / den^2, which can overflow)
@@ -202,8 +203,8 @@ static void scale_columns(T* tile, int64_t rows, int64_t cols, const T* factors)
 }
 
 // grad_q is a difference: u - z (q' . u) / den, exactly zero where q' has one positive element. A token with a tiny den
-// makes both terms huge, and its rounding errors would be the largest of the whole image. So den and q' . u are summed in
-// double, and dden is kept as the sum of two T (grad_denominator): then an error in u cancels as u itself does.
+// makes both terms huge, and its rounding errors would be the largest of the whole image. So den and q' . u are summed
+// in double, and dden is kept as the sum of two T (grad_denominator): then an error in u cancels as u itself does.
 template <class T>
 static void denominator(const T* q, const T* z, int64_t rows, int64_t cols, double eps, double* wide_den, T* den) {
   for (int64_t c = 0; c < cols; c += kLanes<double>) {
@@ -307,12 +308,12 @@ static void grad_kv_kernel(const ReluLinearAttentionArgs& args, const ReluLinear
   }
 }
 
-// --- table --------------------------------------------------------------------------------------------------------------
+// --- table
+// --------------------------------------------------------------------------------------------------------------
 
 template <class S>
 static ReluLinearAttentionKernels kernels_for() {
-  return {state_kernel<S>, apply_kernel<S>, grad_q_kernel<S>, grad_kv_kernel<S>,
-          [](int64_t head_dim) -> int64_t {
+  return {state_kernel<S>, apply_kernel<S>, grad_q_kernel<S>, grad_kv_kernel<S>, [](int64_t head_dim) -> int64_t {
             using T = Compute<S>;
             return Scratch<T>::numel(Scratch<T>::row_stride(head_dim)) * static_cast<int64_t>(sizeof(T));
           }};
@@ -320,10 +321,14 @@ static ReluLinearAttentionKernels kernels_for() {
 
 ReluLinearAttentionKernels relu_linear_attention_kernels(StorageType type) {
   switch (type) {
-    case StorageType::kDouble: return kernels_for<double>();
-    case StorageType::kHalf: return kernels_for<Half>();
-    case StorageType::kBFloat16: return kernels_for<BFloat16>();
-    default: return kernels_for<float>();
+    case StorageType::kDouble:
+      return kernels_for<double>();
+    case StorageType::kHalf:
+      return kernels_for<Half>();
+    case StorageType::kBFloat16:
+      return kernels_for<BFloat16>();
+    default:
+      return kernels_for<float>();
   }
 }
 

@@ -33,8 +33,7 @@ struct Tokens {
 
 // A's element (i, k) is a[i * kStrideM + k * stride_k]. MR x NV accumulators stay in registers over all of K.
 template <class T, int kStrideM, bool kAccumulate, int MR, int NV>
-static void micro_product(int64_t depth, const T* a, int64_t stride_k, const T* b, int64_t ldb, T* c,
-                          int64_t ldc) {
+static void micro_product(int64_t depth, const T* a, int64_t stride_k, const T* b, int64_t ldb, T* c, int64_t ldc) {
   constexpr int L = kLanes<T>;
   Vec<T> acc[MR][NV] = {};
   for (int64_t k = 0; k < depth; ++k) {
@@ -55,7 +54,8 @@ static void micro_product(int64_t depth, const T* a, int64_t stride_k, const T* 
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) store(c + j * L, kAccumulate ? load(c + j * L) + acc[i][j] : acc[i][j]);
     c += ldc;
-    // Keeps c one running pointer: the compiler would otherwise work out MR addresses up front and run out of registers.
+    // Keeps c one running pointer: the compiler would otherwise work out MR addresses up front and run out of
+    // registers.
     asm volatile("" : "+r"(c));
   }
 }
@@ -107,7 +107,8 @@ static void product(int64_t m, int64_t depth, int64_t cols, const T* a, int64_t 
   }
 }
 
-// --- moving tiles -----------------------------------------------------------------------------------------------------
+// --- moving tiles
+// -----------------------------------------------------------------------------------------------------
 
 // dst[c][r] = src[r][c], in blocks of kLanes rows by 4 columns: src and dst need that much padding.
 template <class T>
@@ -156,8 +157,8 @@ static inline void for_each_run(const Tokens<S>& tokens, int64_t n0, int64_t cou
   }
 }
 
-// Rows of a tile are too many, and too short, for the hardware's prefetcher: each asks for its part in the next tile. An
-// address past the end of the tensor does no harm.
+// Rows of a tile are too many, and too short, for the hardware's prefetcher: each asks for its part in the next tile.
+// An address past the end of the tensor does no harm.
 template <int kForWriting, class S>
 static inline void prefetch_next(const S* row, int64_t length) {
   for (int64_t i = 0; i < length; i += 64 / static_cast<int64_t>(sizeof(S))) {

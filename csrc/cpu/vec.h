@@ -1,6 +1,7 @@
 // Vectors, storage conversions and the 128-bit-lane transpose for ONE instruction set.
 //
-// Included by kernels_<isa>.cpp, which defines EVK_ISA: everything lives in a namespace named after the instruction set.
+// Included by kernels_<isa>.cpp, which defines EVK_ISA: everything lives in a namespace named after the instruction
+// set.
 #pragma once
 
 #include <cstdint>
@@ -111,7 +112,7 @@ static inline float to_compute(Half x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const uint32_t magnitude = x.bits & 0x7fff;
   if (magnitude >= 0x7c00) return bits_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);  // inf, NaN
-  if (magnitude < 0x400) {                                                                     // zero, subnormal: exact
+  if (magnitude < 0x400) {                                                                    // zero, subnormal: exact
     const float value = static_cast<float>(magnitude) * 0x1p-24f;
     return sign ? -value : value;
   }

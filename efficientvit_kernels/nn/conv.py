@@ -54,7 +54,7 @@ def make_activation(name: str | None) -> nn.Module | None:
 
 
 class ConvLayer(nn.Module):
-    """Conv2d with "same" padding, then norm, then activation; keys `conv`, `norm` and `act`, each only where it exists."""
+    """Conv2d with "same" padding, then norm, then activation; keys `conv`, `norm`, `act`, each where it exists."""
 
     def __init__(
         self,

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..ops import relu_linear_attention
-from ..ops._backends import choose
+from ..ops._backends import check_backend
 from ..ops._checks import check_image
 from .conv import ConvLayer, make_activation
+from .hosts import why_not_lite_mla
 
 T = TypeVar("T")
 
@@ -29,8 +30,8 @@ def _pair(value: T | Sequence[T]) -> tuple[T, T]:
 class LiteMLA(nn.Module):
     """Multi-scale ReLU linear attention on [B, C, H, W]; the official constructor, state-dict keys and channel order.
 
-    qkv = 1x1 conv of x; per scale s, aggreg_s = grouped 1x1 conv of a depthwise s x s conv of qkv; ReLU linear attention
-    on qkv and on every aggreg_s; proj = 1x1 conv of the concatenated results, and a norm.
+    qkv = 1x1 conv of x; per scale s, aggreg_s = grouped 1x1 conv of a depthwise s x s conv of qkv; ReLU linear
+    attention on qkv and on every aggreg_s; proj = 1x1 conv of the concatenated results, and a norm.
 
     Args:
         in_channels, out_channels: C of input and output.
@@ -55,8 +56,8 @@ class LiteMLA(nn.Module):
         heads_ratio: float = 1.0,
         dim: int = 8,
         use_bias: bool | tuple[bool, bool] = False,
-        norm: str | None | tuple[str | None, str | None] = (None, "bn2d"),
-        act_func: str | None | tuple[str | None, str | None] = (None, None),
+        norm: str | tuple[str | None, str | None] | None = (None, "bn2d"),
+        act_func: str | tuple[str | None, str | None] | None = (None, None),
         kernel_func: str = "relu",
         scales: tuple[int, ...] = (5,),
         eps: float = 1e-15,
@@ -70,6 +71,9 @@ class LiteMLA(nn.Module):
             raise ValueError(f"LiteMLA: in_channels must give at least one head of dim {dim}, got {in_channels}")
         if any(scale < 1 or scale % 2 == 0 for scale in scales):
             raise ValueError(f"LiteMLA: scales must be odd and positive, got {tuple(scales)}")
+        feature_map = make_activation(kernel_func)
+        if feature_map is None:
+            raise ValueError("LiteMLA: kernel_func must be the name of an activation, got None")
         total = heads * dim
         self.dim, self.eps = dim, eps
         self.qkv = ConvLayer(in_channels, 3 * total, 1, use_bias=qkv_bias, norm=qkv_norm, act_func=qkv_act)
@@ -80,7 +84,7 @@ class LiteMLA(nn.Module):
             )
             for scale in scales
         )
-        self.kernel_func = make_activation(kernel_func)
+        self.kernel_func = feature_map
         width = total * (1 + len(scales))
         self.proj = ConvLayer(width, out_channels, 1, use_bias=proj_bias, norm=proj_norm, act_func=proj_act)
 
@@ -93,8 +97,7 @@ class LiteMLA(nn.Module):
     def _attend(self, multi_scale: list[Tensor]) -> Tensor:
         if isinstance(self.kernel_func, nn.ReLU):
             return relu_linear_attention(multi_scale, self.dim, eps=self.eps, backend=self.backend)
-        choose(type(self).__name__, self.backend, multi_scale[0].device.type)
-        assert self.kernel_func is not None
+        check_backend(type(self).__name__, self.backend, multi_scale[0].device.type)
         return reference.relu_linear_attention(
             multi_scale, self.dim, eps=self.eps, feature_map=self.kernel_func.forward
         )
@@ -115,8 +118,8 @@ class LiteMLA(nn.Module):
 class FusedLiteMLA(LiteMLA):
     """LiteMLA on the fused kernels: a drop-in replacement with the same constructor, weights, keys and outputs.
 
-    No concatenation of the scales, no float32 copies, no relu, pad and division kernels; the attention saves only qkv and
-    a [B, G, D + 1, D] state for the backward. Submodules are called as they are, so adapters, hooks and
+    No concatenation of the scales, no float32 copies, no relu, pad and division kernels; the attention saves only qkv
+    and a [B, G, D + 1, D] state for the backward. Submodules are called as they are, so adapters, hooks and
     parametrizations on them keep working.
 
     Args: as `LiteMLA`, and
@@ -131,8 +134,8 @@ class FusedLiteMLA(LiteMLA):
         heads_ratio: float = 1.0,
         dim: int = 8,
         use_bias: bool | tuple[bool, bool] = False,
-        norm: str | None | tuple[str | None, str | None] = (None, "bn2d"),
-        act_func: str | None | tuple[str | None, str | None] = (None, None),
+        norm: str | tuple[str | None, str | None] | None = (None, "bn2d"),
+        act_func: str | tuple[str | None, str | None] | None = (None, None),
         kernel_func: str = "relu",
         scales: tuple[int, ...] = (5,),
         eps: float = 1e-15,
@@ -142,26 +145,25 @@ class FusedLiteMLA(LiteMLA):
         super().__init__(
             in_channels, out_channels, heads, heads_ratio, dim, use_bias, norm, act_func, kernel_func, scales, eps
         )
+        check_backend("FusedLiteMLA", backend)
         self.backend = backend
 
     @classmethod
     def from_module(cls, module: nn.Module, backend: str = "auto") -> FusedLiteMLA:
-        """A FusedLiteMLA around the very submodules of an official, timm or own LiteMLA: parameters are shared.
+        """A FusedLiteMLA over the submodules and hooks of an official, timm or own LiteMLA: everything is shared.
 
         Raises:
             TypeError: `module` is not one of the known LiteMLA classes, or not built like them; the message says why.
+            ValueError, NotImplementedError: as `relu_linear_attention`, for the backend.
         """
-        from ..integrations import why_not_lite_mla
-
         reason = why_not_lite_mla(module)
         if reason is not None:
             raise TypeError(f"FusedLiteMLA.from_module: module must be a known LiteMLA, got one that {reason}")
+        check_backend("FusedLiteMLA.from_module", backend)
         fused = cls.__new__(cls)
-        nn.Module.__init__(fused)
-        fused.dim, fused.eps, fused.backend = module.dim, module.eps, backend  # type: ignore[assignment]
-        for name in ("qkv", "aggreg", "kernel_func", "proj"):
-            setattr(fused, name, getattr(module, name))
-        fused.training = module.training
+        # The very dictionaries of submodules and hooks: what is registered or replaced on one is on the other, too.
+        fused.__dict__.update(module.__dict__)
+        fused.backend = backend
         return fused
 
     def extra_repr(self) -> str:

@@ -26,9 +26,10 @@ def relu_linear_attention(
     out_n = (sum_m v_m k'_m^T) q'_n / (sum_m k'_m . q'_n + eps).
 
     Args:
-        qkv: [B, heads * 3 * D, H, W], head-major, and inside a head [q(D) | k(D) | v(D)]; or a sequence of such tensors,
-            one per scale, of one shape, dtype and device. float16, bfloat16, float32 or float64. Any strides, which may
-            differ between scales: NCHW, channels_last, slices and transposes are read in place. B, H and W may be 0.
+        qkv: [B, heads * 3 * D, H, W], head-major, and inside a head [q(D) | k(D) | v(D)]; or a sequence of such
+            tensors, one per scale, of one shape, dtype and device. float16, bfloat16, float32 or float64. Any strides,
+            which may differ between scales: NCHW, channels_last, slices and transposes are read in place. B, H and W
+            may be 0.
         head_dim: D, at least 1.
         eps: added to the denominator, in float32 (float64 for float64). With eps > 0 a zero denominator gives exact 0.
         backend: "auto", "reference", "cpu", "triton" or "cuda". A named backend runs or raises.
@@ -36,10 +37,10 @@ def relu_linear_attention(
     Returns:
         [B, scales * heads * D, H, W], scale-major, then head; qkv's dtype; channels_last if the (first) qkv is.
 
-    Numerics: products and sums in float32 (float64 for float64) from the stored values, one rounding at the end. NaN and
-    inf go where the formula in float32 sends them. The cpu backend gives the same bits from run to run, at any thread
-    count and in any layout. Backward saves qkv and a [B, scales * heads, D + 1, D] state; a second differentiation and
-    forward-mode differentiation raise.
+    Numerics: products and sums in float32 (float64 for float64) from the stored values, one rounding at the end. NaN
+    and inf go where the formula in float32 sends them. The cpu backend gives the same bits from run to run, at any
+    thread count and in any layout. Backward saves qkv and a [B, scales * heads, D + 1, D] state; a second
+    differentiation and forward-mode differentiation raise.
 
     Raises:
         TypeError: qkv, head_dim or eps of a wrong type or dtype.
@@ -56,7 +57,8 @@ def relu_linear_attention(
     if _needs_autograd(tensors):
         out: Tensor = _ReluLinearAttention.apply(head_dim, float(eps), *tensors)[0]
         return out
-    return _forward_op()(list(tensors), head_dim, float(eps))[0]
+    result: Tensor = _forward_op()(list(tensors), head_dim, float(eps))[0]
+    return result
 
 
 def _as_tuple(qkv: object) -> tuple[Tensor, ...]:
@@ -95,7 +97,7 @@ class _ReluLinearAttention(torch.autograd.Function):
         ctx.save_for_backward(output[1], *qkv)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         state, *qkv = ctx.saved_tensors
         scales = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         grads: Sequence[Tensor] = _ReluLinearAttentionBackward.apply(
@@ -121,7 +123,7 @@ class _ReluLinearAttentionBackward(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(
             f"{OP}: derivative must be of first order, got a second differentiation; use backend='reference' for it"
         )

@@ -22,7 +22,7 @@ def relu_linear_attention(
     eps: float = 1e-15,
     feature_map: Callable[[Tensor], Tensor] = torch.relu,
 ) -> Tensor:
-    """out_n = (sum_m v_m phi(k_m)^T) phi(q_n) / (sum_m phi(k_m) . phi(q_n) + eps), per head, over all tokens of an image.
+    """out_n = (sum_m v_m phi(k_m)^T) phi(q_n) / (sum_m phi(k_m) . phi(q_n) + eps), per head and image.
 
     Shapes as in `efficientvit_kernels.relu_linear_attention`. float16 and bfloat16 are computed in float32 and rounded
     once at the end, where the official module rounds in between; a zero denominator gives exact 0 (for eps > 0).
@@ -35,7 +35,7 @@ def relu_linear_attention(
         heads = tensor.shape[1] // (3 * head_dim)
         compute = torch.promote_types(tensor.dtype, torch.float32)
         packed = tensor.to(compute).reshape(batch, heads, 3 * head_dim, height * width)
-        q, k, v = packed.split(head_dim, dim=2)  # [B, heads, D, N]
+        q, k, v = packed.split(head_dim, dim=2)  # type: ignore[no-untyped-call]  # [B, heads, D, N]
         q, k = feature_map(q), feature_map(k)
         kv = v @ k.transpose(-1, -2)  # [B, heads, D, D]
         z = k.sum(dim=-1, keepdim=True)  # [B, heads, D, 1]

@@ -1,0 +1,65 @@
+# `make demo` and `make test` need Python 3.11+, g++ and make; the rest is set up in .venv by the first of them.
+PYTHON ?= python3
+MAX_JOBS ?= 2
+IMAGE ?=
+export MAX_JOBS
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NATIVE := $(wildcard csrc/*.* csrc/*/*.*) efficientvit_kernels/_build.py
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+
+.PHONY: demo test check format build bench gpu nightly abi sdist clean
+
+demo: $(STAMP)
+	$(BIN)/python -m efficientvit_kernels demo $(if $(IMAGE),--image "$(IMAGE)")
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not nightly and not gpu"
+
+# Lint and types first: they fail in seconds. The tests come last, so the output ends with pytest's summary.
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/mypy
+	$(MAKE) --no-print-directory test
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+build: $(STAMP)
+	$(BIN)/python -m efficientvit_kernels._build
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.run
+
+# The checks that need a GPU; without one pytest reports them as skipped.
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+
+nightly: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu" --nightly
+
+# The oldest supported torch in an environment of its own, for the test that one binary serves both.
+abi: $(STAMP)
+	$(PYTHON) -m venv .venv-abi
+	.venv-abi/bin/pip install "torch==$(or $(ABI_TORCH),2.13.0)" numpy
+	EVK_ABI_PYTHON=$(CURDIR)/.venv-abi/bin/python $(BIN)/python -m pytest tests/test_abi.py --nightly
+
+sdist: $(STAMP)
+	$(BIN)/python -m build --sdist --no-isolation
+
+# torch comes first: the native build compiles against it. An editable install, so that sources are used in place.
+$(STAMP): pyproject.toml setup.py $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=24"
+	$(BIN)/pip install --quiet --progress-bar off "torch>=2.11" torchvision "setuptools>=77" ninja pybind11
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache efficientvit_kernels/*.so
