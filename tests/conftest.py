@@ -1,0 +1,40 @@
+"""Shared set-up: unwritten memory is NaN, random state is fixed, long tests run only when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nightly", action="store_true", help="also run the tests marked nightly")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    not_now = pytest.mark.skip(reason="long; run by `make nightly`")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if item.get_closest_marker("nightly") and not config.getoption("--nightly"):
+            item.add_marker(not_now)
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_empties() -> Iterator[None]:
+    """Every torch.empty, in Python and in C++, comes filled with NaN, so that an unwritten element fails the test."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores torch's thread count after a test that changes it."""
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
