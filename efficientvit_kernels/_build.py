@@ -74,7 +74,8 @@ def _source_flags(source: Path) -> list[str]:
 
 def write_ninja(build_dir: Path, out_dir: Path) -> Path:
     """Writes build.ninja into `build_dir`; its products go to `out_dir`."""
-    extra = os.environ.get("EFFICIENTVIT_KERNELS_CXXFLAGS", "")  # sanitizers, debug information
+    # Paths in messages are relative to the source folder; sanitizers and debug information come from the environment.
+    extra = f"-ffile-prefix-map={ROOT}/= {os.environ.get('EFFICIENTVIT_KERNELS_CXXFLAGS', '')}"
     lines = [
         f"cxx = {compiler()}",
         "rule compile",

@@ -18,8 +18,8 @@ ops = torch.ops.efficientvit_kernels
 def accepted(verdict: Verdict, backend: str, dtype: torch.dtype) -> bool:
     """Rule T; for the float32 specification, also 2e-5 of the largest value.
 
-    Its gradients are autograd's, as the official ones are. One token with a tiny denominator dominates the error of both,
-    with either sign: twice the other's error compares two draws of luck (measured: ratios from 0.06 to 7.7).
+    Its gradients are autograd's, as the official ones are. One token with a tiny denominator dominates the error of
+    both, with either sign: twice the other's error compares two draws of luck (measured: ratios from 0.06 to 7.7).
     """
     lenient = backend == "reference" and dtype == torch.float32
     return verdict.ok or (lenient and verdict.masks_agree and verdict.error <= 2e-5 * verdict.largest)
@@ -74,7 +74,7 @@ def test_integers_give_the_exact_state(head_dim: int, height: int, width: int, d
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_integers_give_two_where_v_is_two(dtype: torch.dtype) -> None:
-    """With v = 2 everywhere, num = 2 den in exact integers: out is 2 up to one ulp of the quotient, or 0 for den = 0."""
+    """With v = 2 everywhere, num = 2 den in exact integers: out is 2 up to one ulp, or 0 where den is 0."""
     qkv = integers(2, 2 * 48, 13, 9)
     qkv[:, 32:48] = 2
     qkv[:, 80:] = 2
