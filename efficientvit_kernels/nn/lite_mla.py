@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..ops import relu_linear_attention
 from ..ops._backends import check_backend
-from ..ops._checks import check_image
+from ..ops._checks import check_eps, check_image, check_positive_int
 from .conv import ConvLayer, make_activation
 from .hosts import why_not_lite_mla
 
@@ -63,6 +63,8 @@ class LiteMLA(nn.Module):
         eps: float = 1e-15,
     ) -> None:
         super().__init__()
+        check_positive_int("LiteMLA", "dim", dim)
+        check_eps("LiteMLA", eps)
         qkv_bias, proj_bias = _pair(use_bias)
         qkv_norm, proj_norm = _pair(norm)
         qkv_act, proj_act = _pair(act_func)
