@@ -68,6 +68,7 @@ def rule_t(ours: Tensor, truth: Tensor, base: Tensor, mask_from: Tensor | None =
     masks_agree = all(
         bool(torch.equal(kind(ours), kind(expected))) for kind in (torch.isnan, torch.isposinf, torch.isneginf)
     )
+    ours, truth, base = ours.detach(), truth.detach(), base.detach()
     finite = torch.isfinite(expected) & torch.isfinite(truth)
     wide, exact, baseline = ours.double()[finite], truth.double()[finite], base.double()[finite]
     if exact.numel() == 0:

@@ -93,12 +93,12 @@ def test_half_precision_modules(dtype: torch.dtype, channels_last: bool) -> None
     assert out.dtype == dtype
     verdict = rule_t(out, truth, base)
     assert verdict.ok, verdict
-    assert out.stride() == base.contiguous(memory_format=torch.preserve_format).stride() or channels_last
+    assert out.stride() == base.stride()
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_e7_e8_cpu_autocast(dtype: torch.dtype) -> None:
-    """Under CPU autocast the official module's fp16 denominators underflow: NaN pixels in 3 of 50 inputs. Ours: none."""
+    """Under CPU autocast the official fp16 denominators underflow: NaN pixels in 3 of 50 inputs. Ours: none."""
     module, fused = pair(in_channels=64, out_channels=64, dim=16)
     truth_module = copy.deepcopy(module).double()
     for seed in range(50):
@@ -245,9 +245,8 @@ def test_checkpointing(use_reentrant: bool) -> None:
     y = image().requires_grad_()
     fused.zero_grad()
     checkpoint(fused, y, use_reentrant=use_reentrant).square().sum().backward()
-    assert all(
-        torch.equal(a, b) for a, b in zip([y.grad, *(p.grad for p in fused.parameters())], expected, strict=True)
-    )
+    grads = [y.grad, *(p.grad for p in fused.parameters())]
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
 
 
 @pytest.fixture
