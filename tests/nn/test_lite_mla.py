@@ -294,5 +294,5 @@ def test_training_lowers_the_loss() -> None:
         loss = (fused(x) - target).square().mean()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]

@@ -120,7 +120,9 @@ def test_finite_inputs(
     for name, verdict in judge(qkv, head_dim, eps, "cpu").items():
         # Beyond twice the official formula's error, whose own luck varies: a few roundings of the largest value. One
         # token with a tiny denominator may carry the whole error of a gradient.
+        # With mixed magnitudes v and grad_out are up to 1e6 times q and k, and the gradients cancel from that height.
         slack = {torch.float32: 2e-5, torch.float64: 1e-11}.get(dtype, 4 * torch.finfo(dtype).eps)
+        slack *= 1e3 if kind == "mixed magnitudes" else 1
         assert verdict.masks_agree, (name, str(verdict))
         assert verdict.ok or verdict.error <= slack * verdict.largest, (name, str(verdict))
 
