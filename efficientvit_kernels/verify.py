@@ -117,7 +117,7 @@ def verify_layer(name: str, twins: Twins, x: Tensor) -> LayerResult:
     return LayerResult(name, tuple(x.shape), rule_t(ours[0], truth[0], base[0]), rule_t(ours[1], truth[1], base[1]))
 
 
-class record_inputs:  # noqa: N801  (a context manager, named as a verb)
+class record_inputs:
     """While active, keeps the first input of every named submodule in `inputs`."""
 
     def __init__(self, model: nn.Module, names: list[str], inputs: dict[str, Tensor]) -> None:
