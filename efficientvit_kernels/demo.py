@@ -28,10 +28,11 @@ from .verify import (
 
 # glibc gives large buffers back to the system after every call and takes fresh, zeroed pages for the next: in a short
 # run those page faults cost more than the arithmetic. These settings keep the memory, for both sides alike.
-MALLOC = {
+ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "33554432",
     "MALLOC_TRIM_THRESHOLD_": "10000000000",
     "MALLOC_TOP_PAD_": "268435456",
+    "KINETO_LOG_LEVEL": "5",  # torch's profiler, asked for the memory, reports its own start and stop otherwise
 }
 
 
@@ -56,8 +57,8 @@ class Row:
 
 def run_demo(arguments: argparse.Namespace) -> int:
     """Runs the demo; 0 when every number agrees and the fused path ran natively, else 1."""
-    if any(name not in os.environ for name in MALLOC) and sys.platform == "linux":
-        os.environ.update({name: value for name, value in MALLOC.items() if name not in os.environ})
+    if any(name not in os.environ for name in ENVIRONMENT) and sys.platform == "linux":
+        os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
         os.execv(sys.executable, [sys.executable, "-m", "efficientvit_kernels", *sys.argv[1:]])
     for name in ("batch", "rounds"):
         if getattr(arguments, name) < 1:
@@ -142,10 +143,10 @@ def _seconds(module: nn.Module, x: Tensor, repeats: int) -> float:
 
 
 def peak_mib(module: nn.Module, x: Tensor) -> float:
-    """Largest memory allocated at once by one call, on top of weights and input, in MiB: tensors and kernels' buffers."""
+    """Largest memory allocated at once by one call, beside weights and input, in MiB; kernels' buffers count."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         module(x)
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     now = peak = 0
     for _, change in changes:
@@ -162,8 +163,9 @@ def load_photo(path: str | None, size: int) -> tuple[Tensor, str]:
     if path is None:
         import matplotlib.cbook
 
-        with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as stream:
-            image = Image.open(stream).convert("RGB")
+        sample = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+        with Image.open(str(sample)) as opened:
+            image = opened.convert("RGB")
         source = "grace_hopper.jpg, the sample photograph of matplotlib"
     else:
         with Image.open(path) as opened:

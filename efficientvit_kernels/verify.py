@@ -150,7 +150,7 @@ def first_tensor(output: object) -> Tensor:
 def load_model(source: str, checkpoint: str | None = None, pretrained: bool = False) -> nn.Module:
     """A timm model by name, or "module:callable" that returns a module; then the weights of a checkpoint.
 
-    Random weights come from seed 0. A checkpoint is a state dict, or a dict that holds one under "state_dict" or "model".
+    Random weights come from seed 0. A checkpoint is a state dict, or a dict with one under "state_dict" or "model".
     """
     torch.manual_seed(0)
     if ":" in source:
