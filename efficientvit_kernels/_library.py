@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import warnings
 from pathlib import Path
 
@@ -29,11 +30,28 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
     """The library at `path` with its ops registered, or None and the reason."""
     if not path.exists():
         return None, f"{path.name} was not built: {HOW_TO_BUILD}"
+    if _is_truncated(path):
+        return None, f"{path.name} is truncated: {HOW_TO_BUILD}"
     try:
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]
         return ctypes.CDLL(str(path)), None
     except (OSError, RuntimeError) as error:  # another platform, a truncated file, a torch below the floor
         return None, f"{path.name} does not load into torch {torch.__version__} ({error}): {HOW_TO_BUILD}"
+
+
+def _is_truncated(path: Path) -> bool:
+    """Whether an ELF file ends before its last part, the section headers: loading it would end in a bus error."""
+    with path.open("rb") as file:
+        header = file.read(64)
+        size = file.seek(0, os.SEEK_END)
+    if len(header) < 64:
+        return True
+    if header[:5] != b"\x7fELF\x02":
+        return False  # another format: the loader itself says what is wrong
+    order = "<" if header[5] == 1 else ">"
+    (start,) = struct.unpack_from(order + "Q", header, 40)
+    entry_size, entries = struct.unpack_from(order + "HH", header, 58)
+    return bool(start + entry_size * entries > size)
 
 
 _cpu, WHY_NOT_CPU = _load(Path(__file__).with_name(CPU_LIBRARY))
@@ -52,9 +70,21 @@ def cpu_isa() -> str | None:
     return str(_cpu.efficientvit_kernels_cpu_isa().decode())
 
 
+def _check_wanted_isa() -> None:
+    """The environment may ask for a lesser instruction set; one that is not there must not pass in silence."""
+    wanted = os.environ.get("EFFICIENTVIT_KERNELS_CPU_ISA")
+    if wanted is not None and _cpu is not None and wanted != cpu_isa():
+        raise ValueError(
+            f"EFFICIENTVIT_KERNELS_CPU_ISA must be baseline, avx2 or avx512, and this CPU must have it, got {wanted!r}"
+        )
+
+
 def cpu_calls() -> int:
     """How often a CPU kernel has run in this process, eager or compiled: proof that one did."""
     if _cpu is None:
         return 0
     _cpu.efficientvit_kernels_cpu_calls.restype = ctypes.c_int64
     return int(_cpu.efficientvit_kernels_cpu_calls())
+
+
+_check_wanted_isa()

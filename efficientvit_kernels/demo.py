@@ -32,7 +32,7 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "33554432",
     "MALLOC_TRIM_THRESHOLD_": "10000000000",
     "MALLOC_TOP_PAD_": "268435456",
-    "KINETO_LOG_LEVEL": "5",  # torch's profiler, asked for the memory, reports its own start and stop otherwise
+    "KINETO_LOG_LEVEL": "99",  # torch's profiler, asked for the memory, reports its own start and stop otherwise
 }
 
 
