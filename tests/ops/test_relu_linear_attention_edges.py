@@ -1,6 +1,6 @@
 """relu_linear_attention at the edges: zeros, NaN and inf, extreme magnitudes, empty inputs.
 
-The row names (E1, ...) are those of the edge table in CONTRIBUTING.md, which every kernel of this package is held to.
+The row names (E1, ...) are those of the edge table in docs/numerics.md, which every kernel of this package is held to.
 """
 
 from __future__ import annotations
