@@ -41,8 +41,9 @@ bench: $(STAMP)
 gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
+# Everything, with long fuzzing and the sanitizers: about half an hour on two cores.
 nightly: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu" --nightly
+	EVK_FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest -m "not gpu" --nightly
 
 # The oldest supported torch in an environment of its own, for the test that one binary serves both.
 abi: $(STAMP)
