@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from efficientvit_kernels import _build, _library
+from tests.processes import python
 
 ROOT = _build.ROOT
 ISAS = ["baseline", "avx2", "avx512"]
@@ -37,14 +36,7 @@ assert not failed, failed
 
 
 def run_with(isa: str, code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "EFFICIENTVIT_KERNELS_CPU_ISA": isa},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return python("-c", code, EFFICIENTVIT_KERNELS_CPU_ISA=isa)
 
 
 @pytest.mark.skipif(not ON_X86, reason="other processors have one instruction set here")

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from efficientvit_kernels import LiteMLA
-from efficientvit_kernels._build import ROOT
+from tests.processes import python
 
 pytest.importorskip("timm", reason="timm is in the development extras")
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "efficientvit_kernels", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    return python("-m", "efficientvit_kernels", *arguments, **environment)
 
 
 def tiny_model() -> torch.nn.Module:

@@ -7,7 +7,6 @@ import os
 import shutil
 import statistics
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,26 +18,13 @@ from efficientvit_kernels import FusedLiteMLA, _library, relu_linear_attention
 from efficientvit_kernels._build import CPU_LIBRARY
 from efficientvit_kernels.testing import make_qkv
 from tests.ops.common import run
+from tests.processes import python
 
 PACKAGE = Path(efficientvit_kernels.__file__).parent
-ROOT = PACKAGE.parent
-
-
-def python(code: str, *, path: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs `code` in a fresh interpreter that finds the package in `path`."""
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(path), **environment},
-        cwd=path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def succeed(code: str, **kwargs: object) -> str:
-    result = python(code, **kwargs)  # type: ignore[arg-type]
+    result = python("-c", code, **kwargs)  # type: ignore[arg-type]
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -124,10 +110,10 @@ print(auto, native_calls() - auto)
     assert succeed(code).split() == ["1", "1"]
     assert succeed(code, EFFICIENTVIT_KERNELS_BACKEND="auto").split() == ["1", "1"]
     assert succeed(code, EFFICIENTVIT_KERNELS_BACKEND="reference").split() == ["0", "1"]  # names are not overridden
-    result = python(code, EFFICIENTVIT_KERNELS_BACKEND="fast")
+    result = python("-c", code, EFFICIENTVIT_KERNELS_BACKEND="fast")
     assert result.returncode == 1
     assert "EFFICIENTVIT_KERNELS_BACKEND must be one of auto, reference, cpu, triton, cuda, got 'fast'" in result.stderr
-    result = python(code, EFFICIENTVIT_KERNELS_BACKEND="triton")
+    result = python("-c", code, EFFICIENTVIT_KERNELS_BACKEND="triton")
     assert "backend must be one that can run here, got 'triton'" in result.stderr
 
 

@@ -131,3 +131,27 @@ def judge(qkv: list[Tensor], head_dim: int, eps: float, backend: str) -> dict[st
     assert all(grad.dtype == qkv[0].dtype for grad in grads)
     names = ["out", *(f"grad_qkv[{i}]" for i in range(len(qkv)))]
     return {name: rule_t(ours, t, b) for name, ours, t, b in zip(names, [out, *grads], truth, base, strict=True)}
+
+
+def uncancelled_gradients(qkv: list[Tensor], head_dim: int, eps: float) -> list[float]:
+    """Per scale, the largest gradient if nothing cancelled: every term of the formula with its absolute value.
+
+    A gradient carries rounding errors in proportion to this, whatever is left after the cancellation: with equal
+    tokens, say, nothing is left of grad_q and grad_k, and their terms are as large as v and grad_out over q.
+    """
+    out = reference.relu_linear_attention([tensor.detach() for tensor in qkv], head_dim, eps=eps)
+    sizes = []
+    for tensor, grad_out in zip(qkv, grad_out_like(out).double().abs().chunk(len(qkv), dim=1), strict=True):
+        heads = tensor.shape[1] // (3 * head_dim)
+        packed = tensor.detach().double().reshape(tensor.shape[0], heads, 3 * head_dim, -1)
+        q, k, v = packed.split(head_dim, dim=2)  # [B, heads, D, N]
+        q, k, v = q.relu(), k.relu(), v.abs()
+        kv, z = v @ k.mT, k.sum(-1, keepdim=True)
+        den = z.mT @ q + eps
+        grad_num = grad_out.reshape(v.shape) / den
+        grad_den = (grad_num * (kv @ q / den)).sum(2, keepdim=True)
+        grad_q = (kv.mT @ grad_num + z * grad_den) * (q > 0)
+        grad_k = ((grad_num @ q.mT).mT @ v + (q * grad_den).sum(-1, keepdim=True)) * (k > 0)
+        grad_v = grad_num @ q.mT @ k
+        sizes.append(max(float(grad.max()) for grad in (grad_q, grad_k, grad_v)))
+    return sizes

@@ -247,3 +247,16 @@ def test_inputs_are_not_changed() -> None:
     assert all(torch.equal(a, b) for a, b in zip(qkv, copies, strict=True))
     grad_out = grad_out_like(out)
     assert torch.equal(grad_out, grad_out_like(out))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cuda_tensors_take_the_reference(dtype: torch.dtype) -> None:
+    """Until there are GPU kernels: the right result on the right device, and no native call."""
+    qkv = make_qkv(2, 2, 16, 9, 7, scales=2, dtype=dtype)
+    before = native_calls()
+    out = relu_linear_attention([tensor.cuda() for tensor in qkv], 16)
+    assert native_calls() == before
+    assert out.is_cuda
+    expected = reference.relu_linear_attention([tensor.double() for tensor in qkv], 16)
+    assert (out.cpu().double() - expected).abs().max() <= 8 * torch.finfo(dtype).eps * expected.abs().max()
