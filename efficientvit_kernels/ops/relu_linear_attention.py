@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -127,6 +128,11 @@ class _ReluLinearAttentionBackward(torch.autograd.Function):
         raise NotImplementedError(
             f"{OP}: derivative must be of first order, got a second differentiation; use backend='reference' for it"
         )
+
+
+# apply() asks for the signature of forward at every call, and working it out takes longer than a small kernel.
+for _function in (_ReluLinearAttention, _ReluLinearAttentionBackward):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
 
 
 def _fwd_fake(qkv: list[Tensor], head_dim: int, eps: float) -> tuple[Tensor, Tensor]:
