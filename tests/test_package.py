@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,22 +34,20 @@ def test_the_native_library_is_here() -> None:
     assert _library.cpu_isa() in ("baseline", "avx2", "avx512")
 
 
-def test_import_takes_little_and_leaves_cuda_and_triton_alone() -> None:
-    """At most 50 ms over `import torch`: the median of nine imports, in processes of their own."""
+def test_import_leaves_cuda_triton_and_timm_alone() -> None:
+    """What makes an import slow is what it pulls in; its time is measured by benchmarks/import_time.py."""
     code = """
-import sys, time, torch
+import sys, torch
 before = set(sys.modules)
-start = time.perf_counter()
 import efficientvit_kernels
-seconds = time.perf_counter() - start
+light = set(sys.modules) - before
 from efficientvit_kernels import relu_linear_attention, FusedLiteMLA, accelerate
 new = {name.split(".")[0] for name in set(sys.modules) - before}
-print(seconds, torch.cuda.is_initialized(), "triton" in new, "timm" in sys.modules, time.perf_counter() - start)
+print(torch.cuda.is_initialized(), *sorted(light), "|", *sorted(new - set(sys.stdlib_module_names)))
 """
-    lines = [succeed(code).split() for _ in range(9)]
-    assert all(line[1:4] == ["False", "False", "False"] for line in lines)
-    assert statistics.median(float(line[0]) for line in lines) <= 0.05
-    assert statistics.median(float(line[4]) for line in lines) <= 0.05  # with every public name imported
+    light, _, new = succeed(code).partition("|")
+    assert light.split() == ["False", "efficientvit_kernels"]
+    assert set(new.split()) <= {"efficientvit_kernels", "torch"}
 
 
 def test_public_names() -> None:
