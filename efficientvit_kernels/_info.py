@@ -46,7 +46,7 @@ class Info:
 def info() -> Info:
     """Versions, devices, the instruction set in use, which backend serves which op, and why the others do not.
 
-    Asks for CUDA devices only if torch was built for CUDA; initialises none.
+    Naming CUDA devices, where there are any, initialises CUDA.
     """
     devices = {"cpu": _cpu_name()}
     if torch.cuda.is_available():

@@ -7,24 +7,15 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .testing import Verdict, native_calls, rule_t
-from .verify import (
-    LayerResult,
-    Twins,
-    calibrate_batch_norms,
-    first_tensor,
-    load_model,
-    make_twins,
-    record_inputs,
-    verify_layer,
-)
+from .testing import Verdict
+from .verify import Twins, calibrate_batch_norms, load_model, make_twins, verify_twins
 
 # glibc gives large buffers back to the system after every call and takes fresh, zeroed pages for the next: in a short
 # run those page faults cost more than the arithmetic. These settings keep the memory, for both sides alike.
@@ -75,42 +66,28 @@ def run_demo(arguments: argparse.Namespace) -> int:
     if not arguments.pretrained:
         calibrate_batch_norms(model, x)
     twins = make_twins(model)
-    names = [swap.name for swap in twins.report.swapped]
-    with tqdm(total=2 + 2 * len(names), unit="step", file=sys.stderr) as bar:
+    with tqdm(total=2 + 2 * len(twins.report.swapped), unit="step", file=sys.stderr) as bar:
 
         def step(text: str) -> None:
             bar.set_description(text)
             bar.update()
 
-        rows, native = judge_all(twins, x, names, arguments.rounds, step)
+        rows, native = judge_all(twins, x, arguments.rounds, step)
     write_report(Path(arguments.output), arguments.model, source, photo, rows, native, arguments.pretrained)
     return 0 if native and all(row.ok for row in rows) else 1
 
 
-def judge_all(
-    twins: Twins, x: Tensor, names: Sequence[str], rounds: int, step: Callable[[str], None]
-) -> tuple[list[Row], bool]:
+def judge_all(twins: Twins, x: Tensor, rounds: int, step: Callable[[str], None]) -> tuple[list[Row], bool]:
     """One row per layer and one for the model; and whether every fused layer ran in a native kernel."""
-    inputs: dict[str, Tensor] = {}
-    step("whole model: numbers")
-    before = native_calls()
-    with torch.no_grad():
-        with record_inputs(twins.fused, list(names), inputs):
-            ours = first_tensor(twins.fused(x))
-        native = native_calls() - before == len(names)
-        verdict = rule_t(ours, first_tensor(twins.truth(x.double())), first_tensor(twins.original(x)))
-    rows = []
-    for name in names:
-        step(f"{name}: numbers")
-        result: LayerResult = verify_layer(name, twins, inputs[name])
-        rows.append(Row(name, result.shape, result.output, result.grad_input))
-    rows.append(Row("whole model", tuple(x.shape), verdict, None))
-    inputs["whole model"] = x
+    result = verify_twins(twins, x, step)
+    rows = [Row(layer.name, layer.shape, layer.output, layer.grad_input) for layer in result.layers]
+    rows.append(Row("whole model", tuple(x.shape), result.output, None))
+    inputs = {**result.inputs, "whole model": x}
     timed = []
     for row in rows:
         step(f"{row.name}: time and memory")
         timed.append(measure(row, *pair_of(twins, row.name), inputs[row.name], rounds))
-    return timed, native
+    return timed, result.ran_natively
 
 
 def pair_of(twins: Twins, name: str) -> tuple[nn.Module, nn.Module]:

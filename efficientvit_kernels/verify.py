@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .integrations import Report, accelerate
-from .testing import Verdict, gradients, rule_t
+from .testing import Verdict, gradients, native_calls, rule_t
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class ModelResult:
     layers: list[LayerResult]
     output: Verdict
     report: Report
+    inputs: dict[str, Tensor]  # what each layer really got
+    ran_natively: bool  # one native kernel call a layer
 
     @property
     def ok(self) -> bool:
@@ -91,17 +93,25 @@ def verify_model(
 
     Truth is the model with the specification in float64; the baseline is the model as it came.
     """
-    twins = make_twins(model, backend)
+    return verify_twins(make_twins(model, backend), x, progress)
+
+
+def verify_twins(twins: Twins, x: Tensor, progress: Callable[[str], None]) -> ModelResult:
+    """The whole model, then every layer on the input that it got in the fused model."""
+    names = [swap.name for swap in twins.report.swapped]
     inputs: dict[str, Tensor] = {}
-    progress("whole model")
-    with torch.no_grad(), record_inputs(twins.fused, [swap.name for swap in twins.report.swapped], inputs):
-        ours = first_tensor(twins.fused(x))
+    progress("whole model: numbers")
+    before = native_calls()
+    with torch.no_grad():
+        with record_inputs(twins.fused, names, inputs):
+            ours = first_tensor(twins.fused(x))
+        native = native_calls() - before == len(names)
         output = rule_t(ours, first_tensor(twins.truth(x.double())), first_tensor(twins.original(x)))
     layers = []
     for name, layer_input in inputs.items():
-        progress(name)
+        progress(f"{name}: numbers")
         layers.append(verify_layer(name, twins, layer_input))
-    return ModelResult(layers, output, twins.report)
+    return ModelResult(layers, output, twins.report, inputs, native)
 
 
 def verify_layer(name: str, twins: Twins, x: Tensor) -> LayerResult:

@@ -38,3 +38,12 @@ def threads() -> Iterator[None]:
     count = torch.get_num_threads()
     yield
     torch.set_num_threads(count)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """No graphs from earlier tests, and uninitialised memory as it comes: inductor plans its own."""
+    torch.compiler.reset()
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.compiler.reset()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -247,14 +246,6 @@ def test_checkpointing(use_reentrant: bool) -> None:
     checkpoint(fused, y, use_reentrant=use_reentrant).square().sum().backward()
     grads = [y.grad, *(p.grad for p in fused.parameters())]
     assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    torch.use_deterministic_algorithms(False)
-    yield
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -173,14 +172,6 @@ def test_func_grad() -> None:
 def test_vmap_is_refused_clearly() -> None:
     with pytest.raises(RuntimeError, match=r"[Bb]atch"):
         torch.vmap(lambda x: relu_linear_attention(x, 8, backend="cpu"))(torch.zeros(3, 1, 48, 3, 3))
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    torch.use_deterministic_algorithms(False)  # inductor has its own memory planning
-    yield
-    torch.compiler.reset()
 
 
 def check_compiled(compiled: object, shape: tuple[int, int, int, int]) -> None:
