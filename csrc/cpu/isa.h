@@ -50,3 +50,28 @@ inline Isa isa_in_use() {
 }
 
 }  // namespace efficientvit_kernels::cpu
+
+// Declares `function`, which every instruction set defines in its namespace, and `function_in_use`, which calls the one
+// that this process uses.
+#if defined(__x86_64__)
+#define EVK_DECLARE_KERNELS(Table, function)                                             \
+  namespace baseline {                                                                   \
+  Table function(StorageType);                                                           \
+  }                                                                                      \
+  namespace avx2 {                                                                       \
+  Table function(StorageType);                                                           \
+  }                                                                                      \
+  namespace avx512 {                                                                     \
+  Table function(StorageType);                                                           \
+  }                                                                                      \
+  inline Table function##_in_use(StorageType type) {                                     \
+    if (isa_in_use() == Isa::kAvx512) return avx512::function(type);                     \
+    return isa_in_use() == Isa::kAvx2 ? avx2::function(type) : baseline::function(type); \
+  }
+#else
+#define EVK_DECLARE_KERNELS(Table, function) \
+  namespace baseline {                       \
+  Table function(StorageType);               \
+  }                                          \
+  inline Table function##_in_use(StorageType type) { return baseline::function(type); }
+#endif

@@ -2,84 +2,20 @@
 #include "relu_linear_attention.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <atomic>
-#include <cstring>
-#include <new>
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
+#include "launch.h"
 #include "plan.h"
 
 namespace efficientvit_kernels::cpu {
 namespace {
 
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-std::atomic<int64_t> calls{0};
-
-StorageType storage_type(const Tensor& t, const char* op) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return StorageType::kFloat;
-    case ScalarType::Double:
-      return StorageType::kDouble;
-    case ScalarType::Half:
-      return StorageType::kHalf;
-    case ScalarType::BFloat16:
-      return StorageType::kBFloat16;
-    default:
-      break;
-  }
-  EVK_CHECK(false, op, "qkv", "float16, bfloat16, float32 or float64", "another dtype");
-}
-
-ReluLinearAttentionKernels kernels_in_use(StorageType type) {
-#if defined(__x86_64__)
-  if (isa_in_use() == Isa::kAvx512) return avx512::relu_linear_attention_kernels(type);
-  if (isa_in_use() == Isa::kAvx2) return avx2::relu_linear_attention_kernels(type);
-#endif
-  return baseline::relu_linear_attention_kernels(type);
-}
-
-// Channels-last output for channels-last-like input; relu_linear_attention.py makes the same choice for fake tensors.
-MemoryFormat format_like(const Tensor& t) {
-  return t.stride(1) == 1 && !t.is_contiguous() ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-}
-
-Tensor empty_image(const Tensor& like, int64_t channels, MemoryFormat format) {
-  const int64_t sizes[] = {like.size(0), channels, like.size(2), like.size(3)};
-  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
-}
-
-// Folds away image axes of size 1, whose strides mean nothing, so that more tensors count as free of gaps.
-ImageTensor image_of(const Tensor& t) {
-  ImageTensor view{const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-  if (t.size(3) == 1) view.stride_w = view.stride_h;
-  if (t.size(2) == 1 || t.size(3) == 1) view.stride_h = view.stride_w * t.size(3);
-  return view;
-}
-
-struct ZeroedBuffer {
-  explicit ZeroedBuffer(int64_t bytes) : data(::operator new(bytes, std::align_val_t{64})) {
-    std::memset(data, 0, bytes);
-  }
-  ~ZeroedBuffer() { ::operator delete(data, std::align_val_t{64}); }
-  ZeroedBuffer(const ZeroedBuffer&) = delete;
-  ZeroedBuffer& operator=(const ZeroedBuffer&) = delete;
-  void* data;
-};
-
 // What forward and backward share: checked inputs as kernels take them, and the tasks.
 struct Problem {
   Problem(const char* op, const std::vector<Tensor>& qkv, int64_t head_dim, double eps)
-      : kernels(kernels_in_use(check(op, qkv, head_dim))) {
+      : kernels(relu_linear_attention_kernels_in_use(check(op, qkv, head_dim))) {
     const Tensor& first = qkv[0];
     for (const Tensor& t : qkv) views.push_back(image_of(t));
     batch = first.size(0);
@@ -106,7 +42,7 @@ struct Problem {
       }
     }
     EVK_CHECK(qkv[0].size(1) % (3 * head_dim) == 0, op, "qkv.shape[1]", "a multiple of 3 * head_dim", qkv[0].size(1));
-    return storage_type(qkv[0], op);
+    return storage_type(qkv[0], op, "qkv");
   }
 
   bool empty() const { return batch == 0 || args.groups == 0 || args.tokens() == 0; }
@@ -179,7 +115,7 @@ struct Problem {
 };
 
 std::tuple<Tensor, Tensor> relu_linear_attention_fwd_cpu(std::vector<Tensor> qkv, int64_t head_dim, double eps) {
-  calls.fetch_add(1, std::memory_order_relaxed);
+  count_call();
   Problem problem("relu_linear_attention", qkv, head_dim, eps);
   ReluLinearAttentionArgs& args = problem.args;
   Tensor out = empty_image(qkv[0], args.groups * head_dim, format_like(qkv[0]));
@@ -196,7 +132,7 @@ std::tuple<Tensor, Tensor> relu_linear_attention_fwd_cpu(std::vector<Tensor> qkv
 std::vector<Tensor> relu_linear_attention_bwd_cpu(Tensor grad_out, std::vector<Tensor> qkv, Tensor state,
                                                   int64_t head_dim, double eps, std::vector<int64_t> scales) {
   const char* op = "relu_linear_attention_bwd";
-  calls.fetch_add(1, std::memory_order_relaxed);
+  count_call();
   Problem problem(op, qkv, head_dim, eps);
   ReluLinearAttentionArgs& args = problem.args;
   EVK_CHECK(grad_out.is_cpu() && grad_out.scalar_type() == qkv[0].scalar_type() && grad_out.dim() == 4, op, "grad_out",
@@ -230,14 +166,6 @@ std::vector<Tensor> relu_linear_attention_bwd_cpu(Tensor grad_out, std::vector<T
 
 }  // namespace
 }  // namespace efficientvit_kernels::cpu
-
-// For tests and `info`, through ctypes: which kernels run, and whether they ran.
-extern "C" __attribute__((visibility("default"))) int64_t efficientvit_kernels_cpu_calls() {
-  return efficientvit_kernels::cpu::calls.load();
-}
-extern "C" __attribute__((visibility("default"))) const char* efficientvit_kernels_cpu_isa() {
-  return efficientvit_kernels::cpu::isa_name(efficientvit_kernels::cpu::isa_in_use());
-}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(efficientvit_kernels, m) {
   m.def("relu_linear_attention_fwd(Tensor[] qkv, int head_dim, float eps) -> (Tensor, Tensor)");

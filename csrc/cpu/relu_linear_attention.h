@@ -7,18 +7,10 @@
 
 #include <cstdint>
 
+#include "image.h"
 #include "isa.h"
 
 namespace efficientvit_kernels::cpu {
-
-enum class StorageType { kFloat, kDouble, kHalf, kBFloat16 };
-inline constexpr int kStorageTypes = 4;
-
-// A [B, channels, H, W] tensor. Strides in elements.
-struct ImageTensor {
-  void* data;
-  int64_t stride_b, stride_c, stride_h, stride_w;
-};
 
 struct ReluLinearAttentionArgs {
   const ImageTensor* qkv;       // [scales], each [B, heads * 3 * D, H, W]
@@ -50,16 +42,6 @@ struct ReluLinearAttentionKernels {
   int64_t (*scratch_bytes)(int64_t head_dim);
 };
 
-namespace baseline {
-ReluLinearAttentionKernels relu_linear_attention_kernels(StorageType);
-}
-#if defined(__x86_64__)
-namespace avx2 {
-ReluLinearAttentionKernels relu_linear_attention_kernels(StorageType);
-}
-namespace avx512 {
-ReluLinearAttentionKernels relu_linear_attention_kernels(StorageType);
-}
-#endif
+EVK_DECLARE_KERNELS(ReluLinearAttentionKernels, relu_linear_attention_kernels)
 
 }  // namespace efficientvit_kernels::cpu

@@ -11,24 +11,17 @@ namespace efficientvit_kernels::cpu::EVK_ISA {
 
 enum Part { kQ = 0, kK = 1, kV = 2 };
 
-template <class S, class View>
-static Tokens<S> tokens_of(const View& t, const ReluLinearAttentionArgs& args, int64_t b, int64_t first_channel) {
-  const bool gapless = t.stride_h == args.width * t.stride_w;
-  return {static_cast<S*>(t.data) + b * t.stride_b + first_channel * t.stride_c, t.stride_c, t.stride_h, t.stride_w,
-          gapless ? args.height * args.width : args.width};
-}
-
 // q, k or v of group g: groups are scale-major, and a head's channels are [q(D) | k(D) | v(D)].
 template <class S>
 static Tokens<S> part_of(const ImageTensor* scales, const ReluLinearAttentionArgs& args, int64_t b, int64_t g,
                          Part part) {
   const int64_t head = g % args.heads;
-  return tokens_of<S>(scales[g / args.heads], args, b, (head * 3 + part) * args.head_dim);
+  return tokens_of<S>(scales[g / args.heads], args.height, args.width, b, (head * 3 + part) * args.head_dim);
 }
 
 template <class S>
 static Tokens<S> out_of(const ReluLinearAttentionArgs& args, int64_t b, int64_t g) {
-  return tokens_of<S>(args.out, args, b, g * args.head_dim);
+  return tokens_of<S>(args.out, args.height, args.width, b, g * args.head_dim);
 }
 
 // Scratch memory of one thread for head dim D: what the passes below call q_column, row, ... Zeroed once, so that
@@ -134,9 +127,9 @@ static void state_kernel(const ReluLinearAttentionArgs& args, const ReluLinearAt
       load_row_tile<Load::kPlain>(v, D, n, count, v_row, ld);
       for (int64_t i = 0; i < count; ++i) v_row[i * ld + D] = T(1);
     } else {
-      load_column_tile<Load::kRelu>(k, D, n, count, k_column, k_row, ld);
+      load_column_tile<Load::kRelu>(k, D, n, count, k_column, kTileLd, k_row, ld);
       transpose(k_column, kTileLd, D, count, k_row, ld);
-      load_column_tile<Load::kPlain>(v, D, n, count, v_column, v_row, ld);
+      load_column_tile<Load::kPlain>(v, D, n, count, v_column, kTileLd, v_row, ld);
     }
     if (by_rows) {
       product<T, 1, true>(D + 1, count, D, v_row, ld, k_row, ld, sum, ld);
@@ -163,11 +156,11 @@ static void apply_kernel(const ReluLinearAttentionArgs& args, const ReluLinearAt
 
   for (int64_t n = task.n0; n < task.n1; n += kTileTokens) {
     const int64_t count = task.n1 - n < kTileTokens ? task.n1 - n : kTileTokens;
-    load_column_tile<Load::kRelu>(q, D, n, count, q_column, row, ld);
+    load_column_tile<Load::kRelu>(q, D, n, count, q_column, kTileLd, row, ld);
     product<T, 1, false>(D + 1, D, count, state_t, ld, q_column, kTileLd, out_column, kTileLd);
     add_to_row(den, count, static_cast<T>(args.eps));
     const T* factors = divide_or_factors(out_column, D, count, den);
-    store_column_tile(out_column, factors, out, D, n, count, row, ld);
+    store_column_tile(out_column, kTileLd, factors, out, D, n, count, row, ld);
   }
 }
 
@@ -262,8 +255,8 @@ static void grad_q_kernel(const ReluLinearAttentionArgs& args, const ReluLinearA
 
   for (int64_t n = task.n0; n < task.n1; n += kTileTokens) {
     const int64_t count = task.n1 - n < kTileTokens ? task.n1 - n : kTileTokens;
-    load_column_tile<Load::kRelu>(q, D, n, count, q_column, row, ld);
-    load_column_tile<Load::kPlain>(grad_out, D, n, count, dnum, row, ld);
+    load_column_tile<Load::kRelu>(q, D, n, count, q_column, kTileLd, row, ld);
+    load_column_tile<Load::kPlain>(grad_out, D, n, count, dnum, kTileLd, row, ld);
     denominator(q_column, z, D, count, static_cast<T>(args.eps), wide_den, den);
     const T* factors = divide_or_factors(dnum, D, count, den);
     if (factors) scale_columns(dnum, D, count, factors);
@@ -273,7 +266,7 @@ static void grad_q_kernel(const ReluLinearAttentionArgs& args, const ReluLinearA
     product<T, kTileLd, true>(D + 1, count, D, dnum, 1, row, ld, sum, ld);
     add_outer(u, z, dden, dden_low, D, count);
     mask_by_relu(u, q_column, D, count);
-    store_column_tile<S, T>(u, nullptr, grad_q, D, n, count, row, ld);
+    store_column_tile<S, T>(u, kTileLd, nullptr, grad_q, D, n, count, row, ld);
   }
   store_matrix(sum, ld, D, task.sum);
 }
@@ -297,14 +290,14 @@ static void grad_kv_kernel(const ReluLinearAttentionArgs& args, const ReluLinear
 
   for (int64_t n = task.n0; n < task.n1; n += kTileTokens) {
     const int64_t count = task.n1 - n < kTileTokens ? task.n1 - n : kTileTokens;
-    load_column_tile<Load::kRelu>(k, D, n, count, k_column, row, ld);
-    load_column_tile<Load::kPlain>(v, D, n, count, v_column, row, ld);
+    load_column_tile<Load::kRelu>(k, D, n, count, k_column, kTileLd, row, ld);
+    load_column_tile<Load::kPlain>(v, D, n, count, v_column, kTileLd, row, ld);
     product<T, 1, false>(D, D, count, grad_state_t, ld, k_column, kTileLd, grad, kTileLd);
-    store_column_tile<S, T>(grad, nullptr, grad_v, D, n, count, row, ld);
+    store_column_tile<S, T>(grad, kTileLd, nullptr, grad_v, D, n, count, row, ld);
     product<T, 1, false>(D, D, count, grad_state, ld, v_column, kTileLd, grad, kTileLd);
     for (int64_t j = 0; j < D; ++j) add_to_row(grad + j * kTileLd, count, grad_z[j]);
     mask_by_relu(grad, k_column, D, count);
-    store_column_tile<S, T>(grad, nullptr, grad_k, D, n, count, row, ld);
+    store_column_tile<S, T>(grad, kTileLd, nullptr, grad_k, D, n, count, row, ld);
   }
 }
 

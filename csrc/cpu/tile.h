@@ -6,6 +6,7 @@
 // but only ever reach other padding.
 #pragma once
 
+#include "image.h"
 #include "plan.h"
 #include "vec.h"
 
@@ -15,7 +16,7 @@ namespace efficientvit_kernels::cpu::EVK_ISA {
 // of two, so that the rows do not fall into the same cache set.
 inline constexpr int kTileLd = static_cast<int>(kTileTokens) + 16;
 
-// Where the tokens of one (image, head, part) lie in memory. Strides in elements.
+// Where tokens of one image lie in memory, from some channel on. Strides in elements.
 template <class S>
 struct Tokens {
   S* data;
@@ -28,6 +29,14 @@ struct Tokens {
     return n < width ? data + n * stride_w : data + n / width * stride_h + n % width * stride_w;
   }
 };
+
+// The tokens of image b from `first_channel` on.
+template <class S>
+static Tokens<S> tokens_of(const ImageTensor& t, int64_t height, int64_t width, int64_t b, int64_t first_channel) {
+  const bool gapless = t.stride_h == width * t.stride_w;
+  return {static_cast<S*>(t.data) + b * t.stride_b + first_channel * t.stride_c, t.stride_c, t.stride_h, t.stride_w,
+          gapless ? height * width : width};
+}
 
 // --- C[m, cols] = or += A[m, k] B[k, cols] --------------------------------------------------------------------------
 
@@ -107,8 +116,7 @@ static void product(int64_t m, int64_t depth, int64_t cols, const T* a, int64_t 
   }
 }
 
-// --- moving tiles
-// -----------------------------------------------------------------------------------------------------
+// --- moving tiles ---------------------------------------------------------------------------------------------------
 
 // dst[c][r] = src[r][c], in blocks of kLanes rows by 4 columns: src and dst need that much padding.
 template <class T>
@@ -186,23 +194,23 @@ static void load_row_tile(const Tokens<const S>& tokens, int64_t channels, int64
 // Tokens [n0, n0 + count) in column form: out[channel][token]. scratch holds a row tile.
 template <Load kLoad, class S, class T>
 static void load_column_tile(const Tokens<const S>& tokens, int64_t channels, int64_t n0, int64_t count, T* out,
-                             T* scratch, int64_t ld_scratch) {
+                             int64_t ld, T* scratch, int64_t ld_scratch) {
   if (tokens.stride_w != 1 && tokens.stride_c == 1) {
     load_row_tile<kLoad>(tokens, channels, n0, count, scratch, ld_scratch);
-    transpose(scratch, ld_scratch, count, channels, out, kTileLd);
+    transpose(scratch, ld_scratch, count, channels, out, ld);
     return;
   }
   for_each_run(tokens, n0, count, [&](const S* run, int64_t offset, int64_t length) {
     const S* row = run;
     T* dst = out + offset;
     if (tokens.stride_w == 1) {
-      for (int64_t c = 0; c < channels; ++c, row += tokens.stride_c, dst += kTileLd) {
+      for (int64_t c = 0; c < channels; ++c, row += tokens.stride_c, dst += ld) {
         prefetch_next<0>(row, length);
         convert_in<kLoad>(row, length, dst);
       }
       return;
     }
-    for (int64_t c = 0; c < channels; ++c, row += tokens.stride_c, dst += kTileLd) {
+    for (int64_t c = 0; c < channels; ++c, row += tokens.stride_c, dst += ld) {
       for (int64_t i = 0; i < length; ++i) dst[i] = loaded<kLoad>(to_compute(row[i * tokens.stride_w]));
     }
   });
@@ -211,10 +219,10 @@ static void load_column_tile(const Tokens<const S>& tokens, int64_t channels, in
 // The opposite way: a column tile to memory, rounded once to the storage type. With kFactors, token i is multiplied by
 // factors[i] first.
 template <bool kFactors, class S, class T>
-static void store_columns(const T* tile, const T* factors, const Tokens<S>& tokens, int64_t channels, int64_t n0,
-                          int64_t count, T* scratch, int64_t ld_scratch) {
+static void store_columns(const T* tile, int64_t ld, const T* factors, const Tokens<S>& tokens, int64_t channels,
+                          int64_t n0, int64_t count, T* scratch, int64_t ld_scratch) {
   const bool by_rows = tokens.stride_w != 1 && tokens.stride_c == 1;
-  if (by_rows) transpose(tile, kTileLd, channels, count, scratch, ld_scratch);
+  if (by_rows) transpose(tile, ld, channels, count, scratch, ld_scratch);
   for_each_run(tokens, n0, count, [&](S* run, int64_t offset, int64_t length) {
     if (by_rows) {
       T* row = scratch + offset * ld_scratch;
@@ -230,13 +238,13 @@ static void store_columns(const T* tile, const T* factors, const Tokens<S>& toke
     const T* row = tile + offset;
     S* dst = run;
     if (tokens.stride_w == 1) {
-      for (int64_t c = 0; c < channels; ++c, row += kTileLd, dst += tokens.stride_c) {
+      for (int64_t c = 0; c < channels; ++c, row += ld, dst += tokens.stride_c) {
         prefetch_next<1>(dst, length);
         convert_out<kFactors>(row, factors + offset, length, dst);
       }
       return;
     }
-    for (int64_t c = 0; c < channels; ++c, row += kTileLd, dst += tokens.stride_c) {
+    for (int64_t c = 0; c < channels; ++c, row += ld, dst += tokens.stride_c) {
       for (int64_t i = 0; i < length; ++i) {
         from_compute(kFactors ? row[i] * factors[offset + i] : row[i], dst + i * tokens.stride_w);
       }
@@ -246,12 +254,12 @@ static void store_columns(const T* tile, const T* factors, const Tokens<S>& toke
 
 // As store_columns; `factors` may be null.
 template <class S, class T>
-static void store_column_tile(const T* tile, const T* factors, const Tokens<S>& tokens, int64_t channels, int64_t n0,
-                              int64_t count, T* scratch, int64_t ld_scratch) {
+static void store_column_tile(const T* tile, int64_t ld, const T* factors, const Tokens<S>& tokens, int64_t channels,
+                              int64_t n0, int64_t count, T* scratch, int64_t ld_scratch) {
   if (factors) {
-    store_columns<true>(tile, factors, tokens, channels, n0, count, scratch, ld_scratch);
+    store_columns<true>(tile, ld, factors, tokens, channels, n0, count, scratch, ld_scratch);
   } else {
-    store_columns<false>(tile, tile, tokens, channels, n0, count, scratch, ld_scratch);
+    store_columns<false>(tile, ld, tile, tokens, channels, n0, count, scratch, ld_scratch);
   }
 }
 

@@ -1,0 +1,38 @@
+#include "launch.h"
+
+#include <atomic>
+
+#include "isa.h"
+
+namespace efficientvit_kernels::cpu {
+namespace {
+std::atomic<int64_t> calls{0};
+}
+
+void count_call() { calls.fetch_add(1, std::memory_order_relaxed); }
+
+StorageType storage_type(const Tensor& t, const char* op, const char* arg) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return StorageType::kFloat;
+    case ScalarType::Double:
+      return StorageType::kDouble;
+    case ScalarType::Half:
+      return StorageType::kHalf;
+    case ScalarType::BFloat16:
+      return StorageType::kBFloat16;
+    default:
+      break;
+  }
+  EVK_CHECK(false, op, arg, "float16, bfloat16, float32 or float64", "another dtype");
+}
+
+}  // namespace efficientvit_kernels::cpu
+
+// For tests and `info`, through ctypes: which kernels run, and whether they ran.
+extern "C" __attribute__((visibility("default"))) int64_t efficientvit_kernels_cpu_calls() {
+  return efficientvit_kernels::cpu::calls.load();
+}
+extern "C" __attribute__((visibility("default"))) const char* efficientvit_kernels_cpu_isa() {
+  return efficientvit_kernels::cpu::isa_name(efficientvit_kernels::cpu::isa_in_use());
+}
