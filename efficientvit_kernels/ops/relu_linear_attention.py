@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _library, reference
 from ..reference.relu_linear_attention import output_format
+from ._autograd import apply_backward, keep_nothing, keep_signatures, needs_autograd, refuse_second_order
 from ._backends import choose
 from ._checks import check_eps, check_qkv
 
@@ -55,7 +54,7 @@ def relu_linear_attention(
     check_eps(OP, eps)
     if choose(OP, backend, tensors[0].device.type) == "reference":
         return reference.relu_linear_attention(tensors, head_dim, eps=eps)
-    if _needs_autograd(tensors):
+    if needs_autograd(tensors):
         out: Tensor = _ReluLinearAttention.apply(head_dim, float(eps), *tensors)[0]
         return out
     result: Tensor = _forward_op()(list(tensors), head_dim, float(eps))[0]
@@ -66,12 +65,6 @@ def _as_tuple(qkv: object) -> tuple[Tensor, ...]:
     if not isinstance(qkv, Sequence):
         raise TypeError(f"{OP}: qkv must be a tensor or a sequence of tensors, got {type(qkv).__name__}")
     return tuple(qkv)
-
-
-def _needs_autograd(tensors: tuple[Tensor, ...]) -> bool:
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        return True  # the Function raises for forward mode, where a bare op would return zero tangents
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _forward_op() -> Any:
@@ -101,17 +94,17 @@ class _ReluLinearAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         state, *qkv = ctx.saved_tensors
         scales = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
-        grads: Sequence[Tensor] = _ReluLinearAttentionBackward.apply(
-            ctx.head_dim, ctx.eps, scales, grad_out, state, *qkv
+        grads: Sequence[Tensor] = apply_backward(
+            _ReluLinearAttentionBackward, ctx.head_dim, ctx.eps, scales, grad_out, state, *qkv
         )
         by_scale = dict(zip(scales, grads, strict=True))
         return (None, None, *(by_scale.get(i) for i in range(len(qkv))))
 
 
 class _ReluLinearAttentionBackward(torch.autograd.Function):
-    """The backward as a Function of its own, so that differentiating it raises instead of returning None in silence."""
-
     generate_vmap_rule = True
+    setup_context = staticmethod(keep_nothing)
+    backward = staticmethod(refuse_second_order(OP))
 
     @staticmethod
     def forward(
@@ -119,20 +112,8 @@ class _ReluLinearAttentionBackward(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         return tuple(_backward_op()(grad_out, list(qkv), state, head_dim, eps, scales))
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError(
-            f"{OP}: derivative must be of first order, got a second differentiation; use backend='reference' for it"
-        )
-
-
-# apply() asks for the signature of forward at every call, and working it out takes longer than a small kernel.
-for _function in (_ReluLinearAttention, _ReluLinearAttentionBackward):
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
+keep_signatures(_ReluLinearAttention, _ReluLinearAttentionBackward)
 
 
 def _fwd_fake(qkv: list[Tensor], head_dim: int, eps: float) -> tuple[Tensor, Tensor]:
