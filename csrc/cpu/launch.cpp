@@ -1,6 +1,10 @@
 #include "launch.h"
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <atomic>
+#include <type_traits>
 
 #include "isa.h"
 
@@ -25,6 +29,23 @@ StorageType storage_type(const Tensor& t, const char* op, const char* arg) {
       break;
   }
   EVK_CHECK(false, op, arg, "float16, bfloat16, float32 or float64", "another dtype");
+}
+
+void store_rounded(const double* values, int64_t count, StorageType type, void* out, int64_t offset) {
+  auto store = [&](auto* first) {
+    for (int64_t i = 0; i < count; ++i)
+      first[offset + i] = static_cast<std::remove_pointer_t<decltype(first)>>(values[i]);
+  };
+  switch (type) {
+    case StorageType::kDouble:
+      return store(static_cast<double*>(out));
+    case StorageType::kHalf:
+      return store(static_cast<torch::headeronly::Half*>(out));
+    case StorageType::kBFloat16:
+      return store(static_cast<torch::headeronly::BFloat16*>(out));
+    default:
+      return store(static_cast<float*>(out));
+  }
 }
 
 }  // namespace efficientvit_kernels::cpu

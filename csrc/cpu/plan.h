@@ -23,6 +23,42 @@ inline constexpr int64_t num_chunks(int64_t tokens, int64_t head_dim) {
   return at_least(1, (tokens + chunk / 2 - 1) / chunk);
 }
 
+// Tokens that one tile of the aggregation holds: a few rows of a wide image, or all of a small one.
+inline constexpr int64_t kAggregateTokens = 256;
+
+// The backward recomputes a halo around each tile, so its tiles are larger; one task sums the weights' gradients over
+// this many tokens.
+inline constexpr int64_t kAggregateGradTokens = 512;
+inline constexpr int64_t kAggregateGradTokensPerTask = 4096;
+
+// Pixels [r0, r1) x [c0, c1) of an image.
+struct Region {
+  int64_t r0, r1, c0, c1;
+
+  int64_t rows() const { return r1 - r0; }
+  int64_t cols() const { return c1 - c0; }
+  int64_t tokens() const { return rows() * cols(); }
+};
+
+// An image cut into regions of at most `max_tokens` and nearly equal sizes; rows are cut only where one is longer.
+struct TileGrid {
+  TileGrid(int64_t height, int64_t width, int64_t max_tokens) : height(height), width(width) {
+    down_columns = (width + max_tokens - 1) / max_tokens;
+    const int64_t cols = (width + down_columns - 1) / down_columns;
+    const int64_t rows = at_least(1, max_tokens / cols);
+    down_rows = (height + rows - 1) / rows;
+  }
+
+  int64_t tiles() const { return down_rows * down_columns; }
+  Region region(int64_t i) const {
+    const int64_t r = i / down_columns, c = i % down_columns;
+    return {height * r / down_rows, height * (r + 1) / down_rows, width * c / down_columns,
+            width * (c + 1) / down_columns};
+  }
+
+  int64_t height, width, down_rows, down_columns;
+};
+
 // Tasks that one thread should take at least, so that a thread is woken only for work of about 10 microseconds.
 inline constexpr int64_t grain_size(int64_t flops_per_task) {
   constexpr int64_t kFlopsWorthAThread = 1 << 19;

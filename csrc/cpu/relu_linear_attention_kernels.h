@@ -97,11 +97,6 @@ static const T* divide_or_factors(T* tile, int64_t rows, int64_t cols, T* den) {
   return ordinary ? den : nullptr;
 }
 
-template <class T>
-static void add_to_row(T* row, int64_t cols, T x) {
-  for (int64_t c = 0; c < cols; c += kLanes<T>) store(row + c, load(row + c) + broadcast(x));
-}
-
 // --- forward
 // ------------------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,19 @@ namespace efficientvit_kernels::cpu::EVK_ISA {
 // of two, so that the rows do not fall into the same cache set.
 inline constexpr int kTileLd = static_cast<int>(kTileTokens) + 16;
 
+// Hands out pieces of one block of scratch memory, each on a boundary of 16 values. Over no memory it only counts.
+template <class T>
+struct Arena {
+  explicit Arena(void* memory) : memory(static_cast<T*>(memory)) {}
+  T* take(int64_t count) {
+    T* piece = memory ? memory + used : nullptr;
+    used += (count + 15) / 16 * 16;
+    return piece;
+  }
+  T* memory;
+  int64_t used = 0;
+};
+
 // Where tokens of one image lie in memory, from some channel on. Strides in elements.
 template <class S>
 struct Tokens {
@@ -114,6 +127,11 @@ static void product(int64_t m, int64_t depth, int64_t cols, const T* a, int64_t 
   if (v < vectors) {
     product_columns<T, kStrideM, kAccumulate, 1>(m, depth, a, stride_k, b + v * L, ldb, c + v * L, ldc);
   }
+}
+
+template <class T>
+static void add_to_row(T* row, int64_t cols, T x) {
+  for (int64_t c = 0; c < cols; c += kLanes<T>) store(row + c, load(row + c) + broadcast(x));
 }
 
 // --- moving tiles ---------------------------------------------------------------------------------------------------
@@ -261,6 +279,48 @@ static void store_column_tile(const T* tile, int64_t ld, const T* factors, const
   } else {
     store_columns<false>(tile, ld, tile, tokens, channels, n0, count, scratch, ld_scratch);
   }
+}
+
+// --- regions of an image --------------------------------------------------------------------------------------------
+
+// A region's tokens follow each other row by row in a tile. Calls body(first token in the image, offset in the tile,
+// length) for runs that are contiguous in the image's order: one, or one a row.
+template <class Body>
+static inline void for_each_region_run(const Region& region, int64_t width, Body body) {
+  if (region.cols() == width) {
+    body(region.r0 * width, int64_t{0}, region.tokens());
+    return;
+  }
+  for (int64_t r = 0; r < region.rows(); ++r) {
+    body((region.r0 + r) * width + region.c0, r * region.cols(), region.cols());
+  }
+}
+
+// The scratch of these two holds a row tile of kTileTokens tokens.
+template <Load kLoad, class S, class T>
+static void load_region(const Tokens<const S>& tokens, int64_t channels, const Region& region, int64_t width, T* out,
+                        int64_t ld, T* scratch, int64_t ld_scratch) {
+  const bool by_rows = tokens.stride_w != 1 && tokens.stride_c == 1;
+  for_each_region_run(region, width, [&](int64_t n0, int64_t offset, int64_t length) {
+    const int64_t step = by_rows ? kTileTokens : length;
+    for (int64_t i = 0; i < length; i += step) {
+      const int64_t count = length - i < step ? length - i : step;
+      load_column_tile<kLoad>(tokens, channels, n0 + i, count, out + offset + i, ld, scratch, ld_scratch);
+    }
+  });
+}
+
+template <class S, class T>
+static void store_region(const T* tile, int64_t ld, const Tokens<S>& tokens, int64_t channels, const Region& region,
+                         int64_t width, T* scratch, int64_t ld_scratch) {
+  const bool by_rows = tokens.stride_w != 1 && tokens.stride_c == 1;
+  for_each_region_run(region, width, [&](int64_t n0, int64_t offset, int64_t length) {
+    const int64_t step = by_rows ? kTileTokens : length;
+    for (int64_t i = 0; i < length; i += step) {
+      const int64_t count = length - i < step ? length - i : step;
+      store_column_tile<S, T>(tile + offset + i, ld, nullptr, tokens, channels, n0 + i, count, scratch, ld_scratch);
+    }
+  });
 }
 
 }  // namespace efficientvit_kernels::cpu::EVK_ISA
