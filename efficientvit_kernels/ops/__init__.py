@@ -1,3 +1,4 @@
 """Public ops: checks, choice of the backend, autograd."""
 
+from .multiscale_aggregate import multiscale_aggregate as multiscale_aggregate
 from .relu_linear_attention import relu_linear_attention as relu_linear_attention

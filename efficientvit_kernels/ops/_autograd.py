@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,20 @@ def apply_backward(function: type[torch.autograd.Function], *arguments: Any) -> 
     """
     if torch.compiler.is_compiling():
         return function.forward(*arguments)
-    return function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return function.apply(*arguments)
+
+
+def by_kind(parameters: Sequence[Tensor], scales: int) -> list[list[Tensor]]:
+    """The flat parameters of the aggregation (Functions take no lists) as four lists: depthwise and pointwise weights,
+    depthwise and pointwise biases. The biases may be missing."""
+    return [list(parameters[i * scales : (i + 1) * scales]) for i in range(4)]
+
+
+def only_needed(grads: Sequence[Tensor], computed: Sequence[bool], needed: Sequence[bool]) -> list[Tensor | None]:
+    """One entry per input: `grads` holds those that were computed, of which not all may be asked for."""
+    remaining = iter(grads)
+    by_input = [next(remaining) if was_computed else None for was_computed in computed]
+    return [grad if is_needed else None for grad, is_needed in zip(by_input, needed, strict=True)]
 
 
 def keep_signatures(*functions: type[torch.autograd.Function]) -> None:

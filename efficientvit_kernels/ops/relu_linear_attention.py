@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _library, reference
-from ..reference.relu_linear_attention import output_format
+from .. import reference
 from ._autograd import apply_backward, keep_nothing, keep_signatures, needs_autograd, refuse_second_order
 from ._backends import choose
 from ._checks import check_eps, check_qkv
+from ._fakes import empty_image, empty_state, register_fakes
 
 OP = "relu_linear_attention"
 
@@ -118,27 +118,14 @@ keep_signatures(_ReluLinearAttention, _ReluLinearAttentionBackward)
 
 def _fwd_fake(qkv: list[Tensor], head_dim: int, eps: float) -> tuple[Tensor, Tensor]:
     first = qkv[0]
-    batch, channels, height, width = first.shape
-    groups = channels // (3 * head_dim) * len(qkv)
-    out = torch.empty(
-        (batch, groups * head_dim, height, width),
-        dtype=first.dtype,
-        device=first.device,
-        memory_format=output_format(first),
-    )
-    state_dtype = torch.promote_types(first.dtype, torch.float32)
-    return out, first.new_empty((batch, groups, head_dim + 1, head_dim), dtype=state_dtype)
+    groups = first.shape[1] // (3 * head_dim) * len(qkv)
+    return empty_image(first, groups * head_dim), empty_state(first, groups, head_dim)
 
 
 def _bwd_fake(
     grad_out: Tensor, qkv: list[Tensor], state: Tensor, head_dim: int, eps: float, scales: list[int]
 ) -> list[Tensor]:
-    return [
-        torch.empty(qkv[i].shape, dtype=qkv[i].dtype, device=qkv[i].device, memory_format=output_format(qkv[i]))
-        for i in scales
-    ]
+    return [empty_image(qkv[i], qkv[i].shape[1]) for i in scales]
 
 
-if _library.WHY_NOT_CPU is None:
-    torch.library.register_fake("efficientvit_kernels::relu_linear_attention_fwd", _fwd_fake)
-    torch.library.register_fake("efficientvit_kernels::relu_linear_attention_bwd", _bwd_fake)
+register_fakes(OP, _fwd_fake, _bwd_fake)
