@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _library
@@ -104,7 +105,7 @@ def official_relu_linear_attention(qkv: Tensor | Sequence[Tensor], head_dim: int
     q, k, v = packed.reshape(batch, -1, 3 * head_dim, tokens).split(head_dim, dim=2)  # type: ignore[no-untyped-call]  # [B, G, D, N]
     q, k = torch.relu(q), torch.relu(k)
     if linear:
-        v = torch.nn.functional.pad(v, (0, 0, 0, 1), value=1.0)
+        v = F.pad(v, (0, 0, 0, 1), value=1.0)
         out = (v @ k.transpose(-1, -2)) @ q
         if half:
             out = out.float()
@@ -116,6 +117,26 @@ def official_relu_linear_attention(qkv: Tensor | Sequence[Tensor], head_dim: int
         weights = weights / (weights.sum(dim=2, keepdim=True) + eps)
         out = v @ weights.to(dtype)
     return out.to(dtype).reshape(batch, -1, height, width)
+
+
+def official_multiscale_aggregate(
+    qkv: Tensor,
+    depthwise_weights: Sequence[Tensor],
+    pointwise_weights: Sequence[Tensor],
+    *,
+    head_dim: int,
+    depthwise_biases: Sequence[Tensor] | None = None,
+    pointwise_biases: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """The official module's two convolutions per scale, each in the dtype of qkv: the baseline of rule T."""
+    channels = qkv.shape[1]
+    outputs = []
+    for s, (depthwise, pointwise) in enumerate(zip(depthwise_weights, pointwise_weights, strict=True)):
+        first = None if depthwise_biases is None else depthwise_biases[s]
+        second = None if pointwise_biases is None else pointwise_biases[s]
+        out = F.conv2d(qkv, depthwise, first, padding=depthwise.shape[-1] // 2, groups=channels)
+        outputs.append(F.conv2d(out, pointwise, second, groups=channels // head_dim))
+    return outputs
 
 
 def make_qkv(

@@ -1,4 +1,4 @@
-"""What the tests of relu_linear_attention share: executors, sample lists, and the judgement of one sample."""
+"""What the tests of the ops share: executors, dtypes, layouts; samples of relu_linear_attention and their judgement."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from efficientvit_kernels.testing import Verdict, gradients, make_qkv, official_
 BACKENDS = ["reference", "cpu"]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 HALF = (torch.float16, torch.bfloat16)
+LAYOUTS = ["nchw", "channels_last", "transposed", "permuted", "sliced", "offset", "expanded"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,28 @@ SAMPLES = [
     # Epsilons: timm's, one that dominates, none.
     *(Sample(2, 2, 16, 6, 5, eps=eps) for eps in (1e-5, 1e-3, 100.0, 0.0)),
 ]
+
+
+def as_layout(x: Tensor, layout: str) -> Tensor:
+    """The same values in another layout, inside memory that is NaN everywhere else; "expanded": the first image's."""
+    batch, channels, height, width = x.shape
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "transposed":
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "permuted":
+        return x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    if layout == "sliced":
+        big = torch.full((2 * batch, 3 * channels, height + 1, 2 * width), float("nan"), dtype=x.dtype)
+        return big[::2, ::3, 1:, ::2].copy_(x)
+    if layout == "offset":
+        big = torch.full((x.numel() + 3,), float("nan"), dtype=x.dtype)
+        return big[3:].view(x.shape).copy_(x)
+    if layout == "expanded":
+        return x[:1].expand(x.shape) if batch else x
+    if layout != "nchw":
+        raise ValueError(f"as_layout: layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    return x.contiguous()
 
 
 def run(qkv: list[Tensor], head_dim: int, eps: float, backend: str, seed: int = 1) -> tuple[Tensor, list[Tensor]]:

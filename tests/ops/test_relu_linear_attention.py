@@ -10,7 +10,7 @@ from torch import Tensor
 
 from efficientvit_kernels import reference, relu_linear_attention
 from efficientvit_kernels.testing import Verdict, make_qkv, native_calls
-from tests.ops.common import BACKENDS, DTYPES, SAMPLES, Sample, grad_out_like, judge, run
+from tests.ops.common import BACKENDS, DTYPES, SAMPLES, Sample, as_layout, grad_out_like, judge, run
 
 ops = torch.ops.efficientvit_kernels
 
@@ -86,21 +86,6 @@ def test_integers_give_two_where_v_is_two(dtype: torch.dtype) -> None:
     assert torch.allclose(out, expected, rtol=torch.finfo(dtype).eps, atol=0)
 
 
-LAYOUTS = ["nchw", "channels_last", "sliced", "transposed"]
-
-
-def as_layout(x: Tensor, layout: str) -> Tensor:
-    """The same values in another memory layout."""
-    batch, channels, height, width = x.shape
-    if layout == "channels_last":
-        return x.contiguous(memory_format=torch.channels_last)
-    if layout == "sliced":
-        big = torch.full((batch, channels + 3, height + 2, 2 * width + 1), float("nan"), dtype=x.dtype)
-        view = big[:, 2 : 2 + channels, 1 : 1 + height, 1 : 1 + 2 * width : 2]
-        return view.copy_(x)
-    return x.transpose(2, 3).contiguous().transpose(2, 3) if layout == "transposed" else x.contiguous()
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("head_dim", "height", "width"), [(16, 14, 14), (32, 7, 9), (8, 3, 11), (5, 9, 33), (40, 1, 70)]
@@ -108,7 +93,7 @@ def as_layout(x: Tensor, layout: str) -> Tensor:
 def test_layouts_give_equal_bits(head_dim: int, height: int, width: int, dtype: torch.dtype) -> None:
     qkv = make_qkv(3, 2, head_dim, height, width, dtype=dtype)[0]
     expected_out, expected_grads = run([qkv], head_dim, 1e-15, "cpu")
-    for layout in LAYOUTS:
+    for layout in ("nchw", "channels_last", "sliced", "transposed", "permuted"):
         out, grads = run([as_layout(qkv, layout)], head_dim, 1e-15, "cpu")
         assert torch.equal(out, expected_out), layout
         assert torch.equal(grads[0], expected_grads[0]), layout

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from efficientvit_kernels.testing import ulp
-from tests.ops.common import DTYPES, judge, run, uncancelled_gradients
+from tests.ops.common import DTYPES, LAYOUTS, as_layout, judge, run, uncancelled_gradients
 
 EXAMPLES = int(os.environ.get("EVK_FUZZ_EXAMPLES", "300"))
 FUZZ = settings(
@@ -44,7 +44,7 @@ values = st.sampled_from(
         "zeros",
     ]
 )
-layouts = st.sampled_from(["nchw", "channels_last", "permuted", "steps", "offset", "expanded", "flipped strides"])
+layouts = st.sampled_from(LAYOUTS)
 
 
 def make_values(kind: str, shape: tuple[int, ...], head_dim: int, generator: torch.Generator) -> Tensor:
@@ -73,26 +73,6 @@ def make_values(kind: str, shape: tuple[int, ...], head_dim: int, generator: tor
     return x
 
 
-def as_strided(x: Tensor, layout: str) -> Tensor:
-    """The same values in another layout, inside memory that is NaN everywhere else."""
-    batch, channels, height, width = x.shape
-    if layout == "channels_last":
-        return x.contiguous(memory_format=torch.channels_last)
-    if layout == "permuted":
-        return x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
-    if layout == "steps":
-        big = torch.full((2 * batch, 3 * channels, height + 1, 2 * width), float("nan"), dtype=x.dtype)
-        return big[::2, ::3, 1:, ::2].copy_(x)
-    if layout == "offset":
-        big = torch.full((x.numel() + 3,), float("nan"), dtype=x.dtype)
-        return big[3:].view(x.shape).copy_(x)
-    if layout == "expanded":
-        return x[:1].expand(x.shape) if batch else x
-    if layout == "flipped strides":
-        return x.transpose(2, 3).contiguous().transpose(2, 3)
-    return x
-
-
 @FUZZ
 @given(
     shape=shapes,
@@ -108,7 +88,7 @@ def test_finite_inputs(
     batch, heads, head_dim, height, width, scales = shape
     generator = torch.Generator().manual_seed(seed)
     qkv = [
-        as_strided(
+        as_layout(
             make_values(kind, (batch, heads * 3 * head_dim, height, width), head_dim, generator).to(dtype), layout
         )
         for _ in range(scales)
@@ -153,7 +133,7 @@ def test_special_values(
     for place, value in places:
         if x.numel():
             x.view(-1)[place % x.numel()] = value
-    qkv = as_strided(x, layout)
+    qkv = as_layout(x, layout)
     out, grads = run([qkv], head_dim, 1e-15, "cpu")
     wide = torch.promote_types(dtype, torch.float32)
     expected, expected_grads = run([qkv.to(wide)], head_dim, 1e-15, "reference")
@@ -179,7 +159,7 @@ def test_bits_depend_on_values_alone(
         torch.set_num_threads(1)
         expected, expected_grads = run([x], head_dim, 1e-15, "cpu")
         torch.set_num_threads(threads)
-        out, grads = run([as_strided(x, layout)], head_dim, 1e-15, "cpu")
+        out, grads = run([as_layout(x, layout)], head_dim, 1e-15, "cpu")
     finally:
         torch.set_num_threads(count)
     assert torch.equal(out, expected)
