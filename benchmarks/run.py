@@ -1,104 +1,251 @@
-"""Times the ops against their peers, in turns in one process, and writes the figures as JSON.
+"""What `python -m efficientvit_kernels bench` does: every row judged against float64, then timed; JSON, table, picture.
 
-    python -m benchmarks.run [--threads 1] [--dtype float32] [--layout nchw] [--output benchmarks/results/NAME.json]
-
-Ratios are medians over rounds; in every round each provider runs once, so that all meet the same disturbances.
+A row whose numbers fail gets no figures, and a run with such a row no summary.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import subprocess
-import sys
-import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.registry import SHAPES, Shape, Step, make_step, providers
-from efficientvit_kernels import info
-from efficientvit_kernels.demo import ENVIRONMENT
+from benchmarks import report
+from benchmarks.memory import peak_bytes, saved_bytes
+from benchmarks.peers import PEERS
+from benchmarks.providers import Settings, Step, random_tensors, tensors
+from benchmarks.registry import OPS, Op, Workload, make_workload, stage_flops
+from benchmarks.shapes import SETS, Shape
+from benchmarks.stages import official_stages, our_stages
+from benchmarks.timing import ROUNDS, Samples, measure_roofs, median_seconds, ratios, rounds_for, shuffled_blocks
+from efficientvit_kernels import LiteMLA, info
+from efficientvit_kernels._info import _version
+from efficientvit_kernels.testing import Verdict, native_calls, rule_t
 
-FOLDER = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results"
+PASSES = {"inference": (False,), "training": (True,), "both": (False, True)}
+DEFAULT_PEERS = {"registry": ("eager", "eager_folded", "eager_other_layout")}  # of the other sets: all
+RUNTIMES = ("onnxruntime", "onnx", "onnxscript", "openvino")
+AGAIN = "eager_again"  # the same module once more: its ratio to "eager" must be near 1
+# A peer beyond this relative error computes something else.
+PEER_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 
 
-def seconds(step: Step, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    return (time.perf_counter() - start) / repeats
+def run_bench(arguments: argparse.Namespace) -> int:
+    """0 when every row was right and ran natively, else 1."""
+    sets, peers = _sets(arguments), _peers(arguments)
+    for name in ("threads", "rounds"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"bench: {name} must be positive, got {value}")
+    output = _output(arguments)
+    torch.set_num_threads(arguments.threads)
+    content: dict[str, Any] = {
+        "set": arguments.set,
+        "settings": {name: getattr(arguments, name) for name in ("threads", "dtype", "layout")}
+        | {"rounds": arguments.rounds or f"{ROUNDS} or more", "peers": peers},
+        "environment": info().as_dict() | {"peers": {name: _version(name) for name in RUNTIMES}},
+        "commit": commit(),
+        "roofs": measure_roofs(arguments.rounds or ROUNDS),
+        "left_out": {name: reason for name, _ in sets if (reason := OPS[name].why_not()) is not None},
+        "rows": [],
+    }
+    report.print_head(content)
+    for op_name, shapes in sets:
+        if op_name in content["left_out"]:
+            continue
+        for shape in shapes:
+            for training in PASSES[arguments.passes]:
+                settings = Settings(getattr(torch, arguments.dtype), arguments.layout, arguments.threads, training)
+                row = measure_row(
+                    OPS[op_name], shape, settings, peers, arguments.rounds, arguments.stages, content["roofs"]
+                )
+                content["rows"].append(row)
+                report.print_progress(row)
+    content["summary"] = report.summary(content["rows"])
+    report.print_report(content, arguments.markdown)
+    report.write(content, output)
+    return 1 if any("failed" in row for row in content["rows"]) else 0
 
 
-def measure(shape: Shape, steps: dict[str, Step], rounds: int, flops: float) -> dict[str, Any]:
-    for step in steps.values():
-        step()
-    once = {name: min(seconds(step, 1) for _ in range(3)) for name, step in steps.items()}
-    repeats = {name: max(1, min(200, int(0.01 / once[name]))) for name in steps}
-    times = [{name: seconds(step, repeats[name]) for name, step in steps.items()} for _ in range(rounds)]
-    ours = statistics.median(t["ours"] for t in times)
+def measure_row(
+    op: Op,
+    shape: Shape,
+    settings: Settings,
+    peers: tuple[str, ...],
+    rounds: int | None,
+    stages: bool,
+    roofs: dict[str, float],
+) -> dict[str, Any]:
+    work = make_workload(op, shape, settings, peers)
+    flops, fewest = op.flops_of(shape, settings.training), op.fewest_bytes(shape, settings)
+    floor = max(flops / roofs["mm_gflops"], fewest / roofs["copy_gb_per_s"]) / 1e9
+    row: dict[str, Any] = {
+        "op": op.name,
+        "shape": asdict(shape),
+        "pass": "training" if settings.training else "inference",
+        "flops": flops,
+        "fewest_bytes": fewest,
+        "floor_ms": 1e3 * floor,
+    }
+    row |= check(work)
+    row["left_out"] = work.left_out
+    row["notes"] = {name: provider.note for name, provider in work.providers.items() if provider.note}
+    if "failed" in row:
+        return row
+    rounds = rounds or rounds_for(work.providers["eager"].bind(*_fresh(work, 0)), settings.training)
+    row["rounds"] = rounds
+    row |= figures(_sample(work, rounds), flops)
+    row["memory"] = memory(work)
+    if stages and op.name == "lite_mla" and not settings.training:
+        ours, eager = work.modules["ours"], work.modules["eager"]
+        assert isinstance(ours, LiteMLA)
+        row["stages"] = {
+            "ours": our_stages(ours, shape, settings, stage_flops(shape), rounds),
+            "eager": official_stages(eager, shape, settings, stage_flops(shape), rounds),
+        }
+    return row
+
+
+def check(work: Workload) -> dict[str, Any]:
+    """Every output and gradient against float64: ours under rule T, with eager as its baseline; peers that compute
+    something else are dropped from `work`."""
+    training = work.settings.training
+    inputs, grad_outs = _fresh(work, -1)
+    wide = [tensor.double() for tensor in inputs], [tensor.double() for tensor in grad_outs]
+    with torch.set_grad_enabled(training):
+        truth = tensors(work.truth.bind(*wide)())
+        before = native_calls()
+        ours = tensors(work.providers["ours"].bind(inputs, grad_outs)())
+        native = native_calls() > before
+        base = tensors(work.providers["eager"].bind(inputs, grad_outs)())
+        errors = {"ours": _relative_error(ours, truth), "eager": _relative_error(base, truth)}
+        for name in [name for name in work.providers if name not in errors]:
+            try:
+                errors[name] = _relative_error(tensors(work.providers[name].bind(inputs, grad_outs)()), truth)
+            except Exception as error:  # torch.compile compiles here; whatever it raises, the other rows go on
+                work.left_out[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+                del work.providers[name]
+                continue
+            if not errors[name] <= PEER_TOLERANCE[work.settings.dtype]:
+                work.left_out[name] = f"its results are wrong: relative error {errors[name]:.3g}"
+                del work.providers[name]
+    verdicts = dict(zip(_names(work), map(rule_t, ours, truth, base), strict=True))
+    result: dict[str, Any] = {
+        "checks": {name: asdict(verdict) | {"ok": verdict.ok} for name, verdict in verdicts.items()},
+        "relative_errors": errors,
+        "ran_natively": native,
+    }
+    wrong: dict[str, Verdict] = {name: verdict for name, verdict in verdicts.items() if not verdict.ok}
+    if wrong:
+        result["failed"] = "; ".join(f"{name}: {verdict}" for name, verdict in wrong.items())
+    elif not native:
+        result["failed"] = "ours did not run in native kernels"
+    return result
+
+
+def figures(samples: Samples, flops: float) -> dict[str, Any]:
+    """Medians over all counted calls, and per peer the median over rounds of its time over ours."""
+    medians = {name: median_seconds(blocks) for name, blocks in samples.items()}
+    rivals = [name for name in samples if name not in ("ours", AGAIN)]
+    over = {name: ratios(samples[name], samples["ours"]) for name in rivals}
+    best = min(rivals, key=lambda name: medians[name])
     return {
-        "shape": shape.name,
-        "microseconds": {name: round(1e6 * statistics.median(t[name] for t in times), 2) for name in steps},
-        "speed_up_over": {
-            name: round(statistics.median(t[name] / t["ours"] for t in times), 3) for name in steps if name != "ours"
-        },
-        "gflops": round(flops / ours / 1e9, 1),
+        "median_ms": {name: 1e3 * seconds for name, seconds in medians.items()},
+        "best_ms": {name: 1e3 * min(map(min, blocks)) for name, blocks in samples.items()},
+        "gflops": flops / medians["ours"] / 1e9,
+        "speed_up_over": {name: statistics.median(values) for name, values in over.items()},
+        "best_peer": best,
+        "self_check": statistics.median(ratios(samples[AGAIN], samples["eager"])),
+        "ratios": over,
+        "samples_ms": {name: [[1e3 * value for value in block] for block in samples[name]] for name in samples},
     }
 
 
-def matmul_gflops() -> float:
-    """What torch.mm reaches on this machine, as the scale for our figures."""
-    a, b = torch.randn(512, 512), torch.randn(512, 512)
-    best = min(seconds(lambda: a @ b, 10) for _ in range(5))
-    return round(2 * 512**3 / best / 1e9, 1)
+def memory(work: Workload) -> dict[str, Any]:
+    inputs, grad_outs = _fresh(work, 0)
+    given = sum(tensor.nbytes for tensor in inputs)
+    result: dict[str, Any] = {"input_bytes": given}
+    for name, module in work.modules.items():
+        step = work.providers[name].bind(inputs, grad_outs)
+        result[name] = {"peak_bytes": peak_bytes(step, work.settings.training)}
+        if work.settings.training:
+            saved = saved_bytes(module, inputs)
+            result[name] |= {"saved_bytes": saved, "saved_over_input": saved / given}
+    return result
+
+
+def _sample(work: Workload, rounds: int) -> Samples:
+    def bind(number: int) -> dict[str, Step]:
+        inputs, grad_outs = _fresh(work, number)
+        steps = {name: provider.bind(inputs, grad_outs) for name, provider in work.providers.items()}
+        return steps | {AGAIN: work.providers["eager"].bind(inputs, grad_outs)}
+
+    return shuffled_blocks(bind, rounds, work.settings.training)
+
+
+def _fresh(work: Workload, number: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Random inputs and gradients of the outputs, other ones for each round."""
+    dtype, layout = work.settings.dtype, work.settings.layout
+    inputs = random_tensors(work.op.inputs(work.shape), dtype, layout, 2 * number + 2)
+    if not work.settings.training:
+        return inputs, []
+    return inputs, random_tensors(work.op.outputs(work.shape), dtype, layout, 2 * number + 3)
+
+
+def _names(work: Workload) -> list[str]:
+    """Of what a step returns."""
+    outputs = [f"output {i}" for i in range(len(work.op.outputs(work.shape)))]
+    if not work.settings.training:
+        return outputs
+    inputs = [f"gradient of input {i}" for i in range(len(work.op.inputs(work.shape)))]
+    return [*outputs, *inputs, *(f"gradient of {name}" for name, _ in work.modules["eager"].named_parameters())]
+
+
+def _relative_error(results: list[Tensor], truth: list[Tensor]) -> float:
+    pairs = zip(results, truth, strict=True)
+    errors = [(result.double() - exact).abs().max() / exact.abs().max() for result, exact in pairs]
+    return float(torch.stack(errors).detach().max())  # NaN if one is
+
+
+def _sets(arguments: argparse.Namespace) -> list[tuple[str, list[Shape]]]:
+    wanted = arguments.shape or []
+    known = {shape.name for _, shapes in SETS[arguments.set] for shape in shapes}
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"bench: shape must be one of {', '.join(sorted(known))}, got {name!r}")
+    return [(op, [s for s in shapes if not wanted or s.name in wanted]) for op, shapes in SETS[arguments.set]]
+
+
+def _peers(arguments: argparse.Namespace) -> tuple[str, ...]:
+    if arguments.peers is None:
+        return DEFAULT_PEERS.get(arguments.set, PEERS)
+    if arguments.peers == "all":
+        return PEERS
+    names = tuple(arguments.peers.split(","))
+    for name in names:
+        if name not in PEERS:
+            raise ValueError(f"bench: peers must be all or some of {','.join(PEERS)}, got {name!r}")
+    return names
+
+
+def _output(arguments: argparse.Namespace) -> Path | None:
+    """Only a whole set with all its peers and rounds is written without being asked for: it replaces such figures."""
+    if arguments.output is not None:
+        return Path(arguments.output)
+    if arguments.shape or arguments.peers or arguments.rounds or arguments.set == "smoke":
+        return None
+    name = f"cpu_{arguments.set}_{arguments.passes}_{arguments.dtype}_{arguments.layout}_{arguments.threads}t.json"
+    return RESULTS / name
 
 
 def commit() -> str:
-    command = ["git", "-C", str(FOLDER.parent), "rev-parse", "--short", "HEAD"]
+    """Of the source tree; "-dirty" when files differ from it."""
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude=*"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
-    parser.add_argument("--layout", default="nchw", choices=("nchw", "channels_last"))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    if any(name not in os.environ for name in ENVIRONMENT) and sys.platform == "linux":
-        os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.run", *sys.argv[1:]])
-    torch.set_num_threads(arguments.threads)
-    dtype = getattr(torch, arguments.dtype)
-    rows = []
-    for shape in SHAPES:
-        for train in (False, True):
-            found = providers(not arguments.no_compile)
-            steps = {name: make_step(f, shape, dtype, arguments.layout, train) for name, f in found.items()}
-            flops = shape.flops_forward + (shape.flops_backward if train else 0)
-            row = measure(shape, steps, arguments.rounds, flops)
-            rows.append({"pass": "forward + backward" if train else "forward", **row})
-            print(" | ".join(str(value) for value in rows[-1].values()), flush=True)
-    result = {
-        "op": "relu_linear_attention",
-        "settings": {name: getattr(arguments, name) for name in ("threads", "dtype", "layout", "rounds")},
-        "environment": info().as_dict(),
-        "commit": commit(),
-        "torch_mm_gflops": matmul_gflops(),
-        "rows": rows,
-    }
-    output = arguments.output or FOLDER / f"cpu_{arguments.dtype}_{arguments.layout}_{arguments.threads}t.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"torch.mm: {result['torch_mm_gflops']} GF/s. Written: {output}")
-
-
-if __name__ == "__main__":
-    main()

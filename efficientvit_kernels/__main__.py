@@ -1,4 +1,4 @@
-"""Command line: python -m efficientvit_kernels info | verify | demo."""
+"""Command line: python -m efficientvit_kernels info | verify | demo | bench."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import argparse
 import json
 import sys
 
+from ._bench import add_options, run_bench
+
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         "python -m efficientvit_kernels", description="Fused kernels for EfficientViT's LiteMLA."
     )
-    commands = root.add_subparsers(dest="command", required=True, metavar="info | verify | demo")
+    commands = root.add_subparsers(dest="command", required=True, metavar="info | verify | demo | bench")
 
     info = commands.add_parser("info", help="versions, devices, which backend serves which op, and why not the others")
     info.add_argument("--json", action="store_true", help="the same as JSON")
@@ -32,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--batch", type=int, default=1, help="images at once; default %(default)s")
     demo.add_argument("--rounds", type=int, default=15, help="timed rounds; default %(default)s")
     demo.add_argument("--output", default="demo_output", help="folder of the picture and the JSON; default %(default)s")
+
+    bench = commands.add_parser("bench", help="LiteMLA and its ops against eager, compilers and runtimes")
+    add_options(bench)
     return root
 
 
@@ -71,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if arguments.command == "verify":
             return run_verify(arguments)
+        if arguments.command == "bench":
+            return run_bench(arguments)
         from .demo import run_demo
 
         return run_demo(arguments)
