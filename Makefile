@@ -2,6 +2,7 @@
 PYTHON ?= python3
 MAX_JOBS ?= 2
 IMAGE ?=
+BENCH ?=
 export MAX_JOBS
 
 VENV := .venv
@@ -34,8 +35,10 @@ format: $(STAMP)
 build: $(STAMP)
 	$(BIN)/python -m efficientvit_kernels._build
 
+# Against every peer, the runtimes of the extra `bench` among them. Options: make bench BENCH="--set registry --threads 2"
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[bench]"
+	$(BIN)/python -m efficientvit_kernels bench $(BENCH)
 
 # The checks that need a GPU; without one pytest reports them as skipped.
 gpu: $(STAMP)
