@@ -31,6 +31,17 @@ StorageType storage_type(const Tensor& t, const char* op, const char* arg) {
   EVK_CHECK(false, op, arg, "float16, bfloat16, float32 or float64", "another dtype");
 }
 
+void* thread_scratch(int64_t bytes) {
+  thread_local Buffer buffer(0);
+  thread_local int64_t size = 0;
+  if (bytes > size) {
+    buffer = Buffer(bytes);
+    std::memset(buffer.data, 0, bytes);
+    size = bytes;
+  }
+  return buffer.data;
+}
+
 void store_rounded(const double* values, int64_t count, StorageType type, void* out, int64_t offset) {
   auto store = [&](auto* first) {
     for (int64_t i = 0; i < count; ++i)

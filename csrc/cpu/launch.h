@@ -7,6 +7,7 @@
 #include <cstring>
 #include <new>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "../checks.h"
@@ -64,12 +65,33 @@ struct Buffer {
   explicit Buffer(int64_t bytes) : data(::operator new(bytes, std::align_val_t{64})) {}
   ~Buffer() { ::operator delete(data, std::align_val_t{64}); }
   Buffer(const Buffer&) = delete;
+  Buffer(Buffer&& other) noexcept : data(std::exchange(other.data, nullptr)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data, other.data);
+    return *this;
+  }
   Buffer& operator=(const Buffer&) = delete;
   void* data;
 };
 
-struct ZeroedBuffer : Buffer {
-  explicit ZeroedBuffer(int64_t bytes) : Buffer(bytes) { std::memset(data, 0, bytes); }
-};
+// sums += partial, chunk by chunk in a fixed tree: sums is chunk 0, partial holds chunks 1, 2, ... of `numel` values
+// each.
+template <class T>
+void reduce_chunks(T* sums, T* partial, int64_t numel, int64_t chunks) {
+  auto chunk_of = [&](int64_t c) { return c == 0 ? sums : partial + (c - 1) * numel; };
+  torch::stable::parallel_for(0, numel, 1 << 15, [&](int64_t begin, int64_t end) {
+    for (int64_t step = 1; step < chunks; step *= 2) {
+      for (int64_t c = 0; c + step < chunks; c += 2 * step) {
+        T* into = chunk_of(c);
+        const T* from = chunk_of(c + step);
+        for (int64_t i = begin; i < end; ++i) into[i] += from[i];
+      }
+    }
+  });
+}
+
+// The calling thread's scratch memory, on a 64-byte boundary, valid until the thread asks again. It is zeroed when it
+// is allocated and kept for the thread's next call: padding then never holds denormal numbers, which are slow.
+void* thread_scratch(int64_t bytes);
 
 }  // namespace efficientvit_kernels::cpu

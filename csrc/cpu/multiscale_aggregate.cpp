@@ -33,11 +33,11 @@ void for_each_task(int64_t batch, int64_t parts, const TileGrid& grid, int64_t t
   const int64_t chunks = (grid.tiles() + tiles_per_task - 1) / tiles_per_task;
   torch::stable::parallel_for(
       0, batch * parts * chunks, grain_size(flops_per_tile * tiles_per_task), [&](int64_t begin, int64_t end) {
-        const ZeroedBuffer scratch(scratch_bytes);
+        void* scratch = thread_scratch(scratch_bytes);
         for (int64_t i = begin; i < end; ++i) {
           const int64_t chunk = i % chunks, part = i / chunks % parts, b = i / chunks / parts;
           const int64_t tile0 = grid.tiles() * chunk / chunks, tile1 = grid.tiles() * (chunk + 1) / chunks;
-          body(MultiscaleAggregateTask{b, part, tile0, tile1, nullptr}, i, scratch.data);
+          body(MultiscaleAggregateTask{b, part, tile0, tile1, nullptr}, i, scratch);
         }
       });
 }

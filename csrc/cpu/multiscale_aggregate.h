@@ -53,7 +53,7 @@ struct MultiscaleAggregateTask {
 };
 
 struct MultiscaleAggregateKernels {
-  // The last argument is scratch memory: as many zeroed bytes, on a 64-byte boundary, as the next two functions say.
+  // The last argument is scratch memory: as many bytes, on a 64-byte boundary, as the next two functions say.
   using Kernel = void (*)(const MultiscaleAggregateArgs&, const TileGrid&, const MultiscaleAggregateTask&, void*);
   using Bytes = int64_t (*)(const MultiscaleAggregateArgs&, const TileGrid&);
   Kernel forward, backward;

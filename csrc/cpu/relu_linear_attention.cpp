@@ -3,11 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <tuple>
-#include <vector>
-
-#include "launch.h"
 #include "plan.h"
+#include "relu_linear_attention_launch.h"
 
 namespace efficientvit_kernels::cpu {
 namespace {
@@ -61,34 +58,16 @@ struct Problem {
     const int64_t bytes = args.state_numel() * (state_dtype == ScalarType::Double ? 8 : 4);
     torch::stable::parallel_for(
         0, pairs() * chunks, grain_size(flops_per_token * tokens / chunks), [&](int64_t begin, int64_t end) {
-          const ZeroedBuffer scratch(kernels.scratch_bytes(args.head_dim));
+          void* scratch = thread_scratch(kernels.scratch_bytes(args.head_dim));
           for (int64_t i = begin; i < end; ++i) {
             const int64_t pair = i / chunks, c = i % chunks;
             char* sum = c == 0 ? static_cast<char*>(sums) + pair * bytes
                                : static_cast<char*>(args.partial) + ((c - 1) * pairs() + pair) * bytes;
             body(ReluLinearAttentionTask{pair / args.groups, pair % args.groups, c * chunk,
                                          c + 1 == chunks ? tokens : (c + 1) * chunk, sum},
-                 scratch.data);
+                 scratch);
           }
         });
-  }
-
-  // sums += partial, chunk by chunk in a fixed tree.
-  template <class T>
-  void reduce(void* sums) const {
-    const int64_t numel = pairs() * args.state_numel();
-    auto chunk_of = [&](int64_t c) {
-      return static_cast<T*>(c == 0 ? sums : args.partial) + (c == 0 ? 0 : (c - 1) * numel);
-    };
-    torch::stable::parallel_for(0, numel, 1 << 15, [&](int64_t begin, int64_t end) {
-      for (int64_t step = 1; step < chunks; step *= 2) {
-        for (int64_t c = 0; c + step < chunks; c += 2 * step) {
-          T* into = chunk_of(c);
-          const T* from = chunk_of(c + step);
-          for (int64_t i = begin; i < end; ++i) into[i] += from[i];
-        }
-      }
-    });
   }
 
   // first, then second, which needs first's sums over all of a group's tokens.
@@ -102,7 +81,10 @@ struct Problem {
       return;
     }
     for_each_task(sums, flops, [&](const ReluLinearAttentionTask& task, void* scratch) { first(args, task, scratch); });
-    state_dtype == ScalarType::Double ? reduce<double>(sums) : reduce<float>(sums);
+    const int64_t numel = pairs() * args.state_numel();
+    state_dtype == ScalarType::Double
+        ? reduce_chunks(static_cast<double*>(sums), static_cast<double*>(args.partial), numel, chunks)
+        : reduce_chunks(static_cast<float*>(sums), static_cast<float*>(args.partial), numel, chunks);
     for_each_task(sums, flops,
                   [&](const ReluLinearAttentionTask& task, void* scratch) { second(args, task, scratch); });
   }
@@ -114,8 +96,9 @@ struct Problem {
   ScalarType state_dtype = ScalarType::Float;
 };
 
-std::tuple<Tensor, Tensor> relu_linear_attention_fwd_cpu(std::vector<Tensor> qkv, int64_t head_dim, double eps) {
-  count_call();
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_forward(const std::vector<Tensor>& qkv, int64_t head_dim, double eps) {
   Problem problem("relu_linear_attention", qkv, head_dim, eps);
   ReluLinearAttentionArgs& args = problem.args;
   Tensor out = empty_image(qkv[0], args.groups * head_dim, format_like(qkv[0]));
@@ -129,10 +112,22 @@ std::tuple<Tensor, Tensor> relu_linear_attention_fwd_cpu(std::vector<Tensor> qkv
   return {out, state};
 }
 
-std::vector<Tensor> relu_linear_attention_bwd_cpu(Tensor grad_out, std::vector<Tensor> qkv, Tensor state,
-                                                  int64_t head_dim, double eps, std::vector<int64_t> scales) {
+Tensor attention_apply(const std::vector<Tensor>& qkv, const Tensor& state, int64_t head_dim, double eps) {
+  Problem problem("relu_linear_attention", qkv, head_dim, eps);
+  ReluLinearAttentionArgs& args = problem.args;
+  Tensor out = empty_image(qkv[0], args.groups * head_dim, format_like(qkv[0]));
+  if (problem.empty()) return out;
+  args.out = image_of(out);
+  args.state = data_of(state);
+  problem.for_each_task(args.state, 4 * head_dim * head_dim, [&](ReluLinearAttentionTask task, void* scratch) {
+    problem.kernels.apply(args, task, scratch);
+  });
+  return out;
+}
+
+std::vector<Tensor> attention_backward(const Tensor& grad_out, const std::vector<Tensor>& qkv, const Tensor& state,
+                                       int64_t head_dim, double eps, const std::vector<int64_t>& scales) {
   const char* op = "relu_linear_attention_bwd";
-  count_call();
   Problem problem(op, qkv, head_dim, eps);
   ReluLinearAttentionArgs& args = problem.args;
   EVK_CHECK(grad_out.is_cpu() && grad_out.scalar_type() == qkv[0].scalar_type() && grad_out.dim() == 4, op, "grad_out",
@@ -156,12 +151,25 @@ std::vector<Tensor> relu_linear_attention_bwd_cpu(Tensor grad_out, std::vector<T
   Tensor grad_state = problem.empty_state(grad_out, problem.batch);
   Tensor partial = problem.empty_state(grad_out, (problem.chunks - 1) * problem.batch);
   args.out = image_of(grad_out);
-  args.state = const_cast<void*>(state.const_data_ptr());
+  args.state = data_of(state);
   args.grad_qkv = problem.grad_views.data();
   args.grad_state = grad_state.mutable_data_ptr();
   args.partial = partial.mutable_data_ptr();
   problem.run(args.grad_state, problem.kernels.grad_q, problem.kernels.grad_kv);
   return grads;
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> relu_linear_attention_fwd_cpu(std::vector<Tensor> qkv, int64_t head_dim, double eps) {
+  count_call();
+  return attention_forward(qkv, head_dim, eps);
+}
+
+std::vector<Tensor> relu_linear_attention_bwd_cpu(Tensor grad_out, std::vector<Tensor> qkv, Tensor state,
+                                                  int64_t head_dim, double eps, std::vector<int64_t> scales) {
+  count_call();
+  return attention_backward(grad_out, qkv, state, head_dim, eps, scales);
 }
 
 }  // namespace

@@ -33,7 +33,7 @@ struct ReluLinearAttentionTask {
 };
 
 struct ReluLinearAttentionKernels {
-  // The last argument is scratch memory: scratch_bytes(D) zeroed bytes on a 64-byte boundary, one block per thread.
+  // The last argument is scratch memory: scratch_bytes(D) bytes on a 64-byte boundary, one block per thread.
   using Kernel = void (*)(const ReluLinearAttentionArgs&, const ReluLinearAttentionTask&, void*);
   Kernel state;    // forward 1: sum = state over the task's tokens
   Kernel apply;    // forward 2: out

@@ -24,8 +24,8 @@ static Tokens<S> out_of(const ReluLinearAttentionArgs& args, int64_t b, int64_t 
   return tokens_of<S>(args.out, args.height, args.width, b, g * args.head_dim);
 }
 
-// Scratch memory of one thread for head dim D: what the passes below call q_column, row, ... Zeroed once, so that
-// padding is finite; a task leaves old values behind, which the next one overwrites or keeps in padding.
+// Scratch memory of one thread for head dim D: what the passes below call q_column, row, ... A task leaves
+// old values behind, which the next one overwrites or keeps in padding.
 template <class T>
 struct Scratch {
   static constexpr int kColumns = 4, kRows = 2, kMatrices = 2;
@@ -76,7 +76,7 @@ inline constexpr T kReciprocalLimit = sizeof(T) == 4 ? T(0x1p96) : T(0x1p960);
 
 // Divides the columns of `tile` by den, or returns the factors (written over den) that the caller multiplies them by.
 template <class T>
-static const T* divide_or_factors(T* tile, int64_t rows, int64_t cols, T* den) {
+static const T* divide_or_factors(T* tile, int64_t ld, int64_t rows, int64_t cols, T* den) {
   Vec<T> extraordinary{};  // a nonzero lane marks a den outside the range; padding columns are put inside it
   for (int64_t c = cols; c % kLanes<T> != 0; ++c) den[c] = T(1);
   for (int64_t c = 0; c < cols; c += kLanes<T>) {
@@ -92,7 +92,7 @@ static const T* divide_or_factors(T* tile, int64_t rows, int64_t cols, T* den) {
       store(den + c, broadcast(T(1)) / d);
       continue;
     }
-    for (int64_t r = 0; r < rows; ++r) store(tile + r * kTileLd + c, load(tile + r * kTileLd + c) / d);
+    for (int64_t r = 0; r < rows; ++r) store(tile + r * ld + c, load(tile + r * ld + c) / d);
   }
   return ordinary ? den : nullptr;
 }
@@ -154,7 +154,7 @@ static void apply_kernel(const ReluLinearAttentionArgs& args, const ReluLinearAt
     load_column_tile<Load::kRelu>(q, D, n, count, q_column, kTileLd, row, ld);
     product<T, 1, false>(D + 1, D, count, state_t, ld, q_column, kTileLd, out_column, kTileLd);
     add_to_row(den, count, static_cast<T>(args.eps));
-    const T* factors = divide_or_factors(out_column, D, count, den);
+    const T* factors = divide_or_factors(out_column, kTileLd, D, count, den);
     store_column_tile(out_column, kTileLd, factors, out, D, n, count, row, ld);
   }
 }
@@ -253,7 +253,7 @@ static void grad_q_kernel(const ReluLinearAttentionArgs& args, const ReluLinearA
     load_column_tile<Load::kRelu>(q, D, n, count, q_column, kTileLd, row, ld);
     load_column_tile<Load::kPlain>(grad_out, D, n, count, dnum, kTileLd, row, ld);
     denominator(q_column, z, D, count, static_cast<T>(args.eps), wide_den, den);
-    const T* factors = divide_or_factors(dnum, D, count, den);
+    const T* factors = divide_or_factors(dnum, kTileLd, D, count, den);
     if (factors) scale_columns(dnum, D, count, factors);
     product<T, 1, false>(D, D, count, state, ld, dnum, kTileLd, u, kTileLd);
     grad_denominator(q_column, u, D, count, wide_den, dden, dden_low);

@@ -1,0 +1,260 @@
+// Matrix products C[m, n] = sum_k A[m, k] B[k, n] on packed operands, for one instruction set.
+//
+// A is packed once per call into panels of kPanelRows rows, B block by block into panels of kPanelCols columns; both
+// panels run along k. Packing takes any strides and storage type, so the product itself is always float32 (or float64)
+// on contiguous memory. A panel of results goes through a small buffer to a writer, which applies the epilogue.
+#pragma once
+
+#include "tile.h"
+
+namespace efficientvit_kernels::cpu::EVK_ISA {
+
+inline constexpr int kPanelVectors = 2;
+inline constexpr int kPanelRows = kMaxRows<kPanelVectors>;
+inline constexpr int kPanelLd = (kPanelRows + 7) / 8 * 8;  // between the columns of a panel of A
+template <class T>
+inline constexpr int kPanelCols = kPanelVectors * kLanes<T>;
+
+// Rows are dealt out evenly: a last panel of one row would wait for the latency of its additions.
+static inline int64_t row_panels(int64_t m) { return (m + kPanelRows - 1) / kPanelRows; }
+static inline int64_t first_row(int64_t m, int64_t panel) { return m * panel / row_panels(m); }
+template <class T>
+static inline int64_t col_panels(int64_t n) {
+  return (n + kPanelCols<T> - 1) / kPanelCols<T>;
+}
+
+// Panels have room for the whole blocks that transpose() writes.
+static inline int64_t panel_depth(int64_t depth) { return (depth + 3) / 4 * 4; }
+
+inline constexpr int64_t kPackDepth = 64;
+inline constexpr int64_t kPackLd = kPackDepth + 16;
+
+// --- packing --------------------------------------------------------------------------------------------------------
+
+// Panels [p0, p1) of A, whose element (i, k) is a[i * stride_m + k * stride_k], times factors[k] where there are any.
+// Entries past a panel's last row are left as they are: they only reach rows that nobody writes.
+template <class S, class T>
+static void pack_rows(const S* a, int64_t stride_m, int64_t stride_k, int64_t m, int64_t depth, int64_t p0, int64_t p1,
+                      const T* factors, T* packed) {
+  T scratch[kPanelLd * kPackLd] = {};
+  for (int64_t p = p0; p < p1; ++p) {
+    const int64_t i0 = first_row(m, p), rows = first_row(m, p + 1) - i0;
+    T* panel = packed + p * panel_depth(depth) * kPanelLd;
+    const S* first = a + i0 * stride_m;
+    if (stride_k == 1) {
+      for (int64_t k = 0; k < depth; k += kPackDepth) {
+        const int64_t count = depth - k < kPackDepth ? depth - k : kPackDepth;
+        for (int64_t i = 0; i < rows; ++i) {
+          convert_in<Load::kPlain>(first + i * stride_m + k, count, scratch + i * kPackLd);
+        }
+        transpose(scratch, kPackLd, kPanelLd, count, panel + k * kPanelLd, kPanelLd);
+      }
+    } else {
+      for (int64_t k = 0; k < depth; ++k) {
+        for (int64_t i = 0; i < rows; ++i) panel[k * kPanelLd + i] = to_compute(first[i * stride_m + k * stride_k]);
+      }
+    }
+    if (factors == nullptr) continue;
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t i = 0; i < rows; ++i) panel[k * kPanelLd + i] *= factors[k];
+    }
+  }
+}
+
+static inline int64_t packed_rows_numel(int64_t m, int64_t depth) {
+  return row_panels(m) * panel_depth(depth) * kPanelLd;
+}
+template <class T>
+static inline int64_t packed_cols_numel(int64_t n, int64_t depth) {
+  return col_panels<T>(n) * panel_depth(depth) * kPanelCols<T>;
+}
+
+// One row of B, contiguous, into row k of its panels.
+template <class T, class Source>
+static inline void scatter_row(int64_t k, int64_t count, int64_t depth, T* packed, Source source) {
+  constexpr int L = kLanes<T>, NR = kPanelCols<T>;
+  for (int64_t n = 0; n < count; n += L) {
+    store(packed + (n / NR * panel_depth(depth) + k) * NR + n % NR, source(n));
+  }
+}
+
+// Columns [n0, n0 + count) of B into panels of `depth` rows: B's rows are the channels of an image, its columns the
+// tokens. scratch: pack_cols_scratch values.
+template <class S, class T>
+static void pack_cols(const Tokens<const S>& tokens, int64_t depth, int64_t n0, int64_t count, T* packed, T* scratch) {
+  constexpr int L = kLanes<T>, NR = kPanelCols<T>;
+  if (tokens.stride_w == 1 && n0 + count <= tokens.width) {
+    const S* row = tokens.data + n0;
+    for (int64_t k = 0; k < depth; ++k, row += tokens.stride_c) {
+      scatter_row<T>(k, count, depth, packed, [&](int64_t n) {
+        return n + L <= count ? load_compute(row + n) : load_compute(row + n, count - n);
+      });
+    }
+    return;
+  }
+  for (int64_t n = 0; n < count; n += NR) {
+    const int64_t width = count - n < NR ? count - n : NR;
+    T* panel = packed + n * panel_depth(depth);
+    for (int64_t k = 0; k < depth; k += kPackDepth) {
+      const int64_t channels = depth - k < kPackDepth ? depth - k : kPackDepth;
+      const Tokens<const S> part{tokens.data + k * tokens.stride_c, tokens.stride_c, tokens.stride_h, tokens.stride_w,
+                                 tokens.width};
+      load_row_tile<Load::kPlain>(part, channels, n0 + n, width, scratch, kPackLd);
+      transpose(scratch, kPackLd, NR, channels, panel + k * NR, NR);
+    }
+  }
+}
+
+template <class T>
+static inline int64_t pack_cols_scratch() {
+  return kPanelCols<T> * kPackLd;
+}
+
+// --- the product ----------------------------------------------------------------------------------------------------
+
+// Calls write(first row, rows, first column, columns, block), block being [rows, kPanelCols] values, for the row panels
+// [p0, p1) and `count` columns.
+template <class T, class Write>
+static void multiply(const T* packed_rows, int64_t m, int64_t p0, int64_t p1, int64_t depth, const T* packed_cols,
+                     int64_t count, Write write) {
+  constexpr int L = kLanes<T>, NR = kPanelCols<T>;
+  alignas(kVecBytes) T block[kPanelRows * NR];
+  for (int64_t p = p0; p < p1; ++p) {
+    const int64_t i0 = first_row(m, p), rows = first_row(m, p + 1) - i0;
+    const T* a = packed_rows + p * panel_depth(depth) * kPanelLd;
+    for (int64_t n = 0; n < count; n += NR) {
+      const int64_t cols = count - n < NR ? count - n : NR;
+      const T* b = packed_cols + n * panel_depth(depth);
+      if (cols > L) {
+        dispatch_rows<T, 1, false, kPanelVectors, kPanelRows>(rows, depth, a, kPanelLd, b, NR, block, NR);
+      } else {
+        dispatch_rows<T, 1, false, 1, kPanelRows>(rows, depth, a, kPanelLd, b, NR, block, NR);
+      }
+      write(i0, rows, n, cols, block);
+    }
+  }
+}
+
+// --- results to an image --------------------------------------------------------------------------------------------
+
+// y[m] = value * scale[m] + shift[m] + residual: each where it is given. Compute type but for the residual.
+template <class S>
+struct Epilogue {
+  const Compute<S>*scale, *shift;
+  Tokens<const S> residual;  // data is null where there is none
+
+  Compute<S> scale_of(int64_t m) const { return scale ? scale[m] : Compute<S>(1); }
+  Compute<S> shift_of(int64_t m) const { return shift ? shift[m] : Compute<S>(0); }
+};
+
+// `count` results of one channel, to contiguous memory.
+template <class S, class T>
+static inline void finish_channel(const T* values, int64_t count, T scale, T shift, const S* residual, S* out) {
+  constexpr int L = kLanes<T>;
+  for (int64_t i = 0; i < count; i += L) {
+    const int64_t left = count - i;
+    Vec<T> v = load(values + i) * broadcast(scale) + broadcast(shift);
+    if (residual) v += left >= L ? load_compute(residual + i) : load_compute(residual + i, left);
+    if (left >= L) {
+      store_compute(out + i, v);
+    } else {
+      store_compute(out + i, v, left);
+    }
+  }
+}
+
+// `channels` results of one token, to contiguous memory.
+template <class S, class T>
+static inline void finish_token(const T* values, int64_t channels, const T* scale, const T* shift, const S* residual,
+                                S* out) {
+  constexpr int L = kLanes<T>;
+  for (int64_t c = 0; c < channels; c += L) {
+    const int64_t left = channels - c;
+    Vec<T> v = load(values + c);
+    auto part = [&](const auto* p) { return left >= L ? load_compute(p + c) : load_compute(p + c, left); };
+    if (scale) v = v * part(scale);
+    if (shift) v += part(shift);
+    if (residual) v += part(residual);
+    if (left >= L) {
+      store_compute(out + c, v);
+    } else {
+      store_compute(out + c, v, left);
+    }
+  }
+}
+
+// Writes the product's blocks for the tokens of one region into an NCHW or channels_last image, rows [m0, m1).
+// NCHW: at once, if the region is one run of tokens; otherwise by way of `tile`, [m1 - m0 rounded up, tile_ld].
+template <class S>
+struct ImageWriter {
+  using T = Compute<S>;
+
+  static int64_t tile_ld(int64_t tokens) { return (tokens + kPanelCols<T> + 15) / 16 * 16; }
+  static int64_t scratch_numel(int64_t rows, int64_t tokens) {
+    return (rows + 16) * tile_ld(tokens) + (kLanes<T> + 4) * (rows + 32);
+  }
+
+  // scratch: scratch_numel(m1 - m0, tokens of the region) values.
+  ImageWriter(const Tokens<S>& out, const Epilogue<S>& epilogue, const Region& region, int64_t width, int64_t m0,
+              int64_t m1, T* scratch)
+      : out(out), epilogue(epilogue), region(region), width(width), m0(m0), m1(m1), tile(scratch) {
+    direct = out.stride_w == 1 && (region.cols() == width || region.rows() == 1);
+    ld = tile_ld(region.tokens());
+    rows_tile = tile + (m1 - m0 + 16) * ld;
+  }
+
+  void operator()(int64_t i0, int64_t rows, int64_t n, int64_t cols, const T* block) const {
+    const int64_t first = region.r0 * width + region.c0 + n;
+    for (int64_t i = 0; i < rows; ++i, block += kPanelCols<T>) {
+      if (direct) {
+        channel(i0 + i, first, cols, block);
+      } else {
+        for (int64_t c = 0; c < cols; c += kLanes<T>) store(tile + (i0 + i - m0) * ld + n + c, load(block + c));
+      }
+    }
+  }
+
+  void channel(int64_t m, int64_t n, int64_t count, const T* values) const {
+    const S* residual = epilogue.residual.data;
+    if (residual) residual += m * epilogue.residual.stride_c + n;
+    finish_channel<S>(values, count, epilogue.scale_of(m), epilogue.shift_of(m), residual,
+                      out.data + m * out.stride_c + n);
+  }
+
+  // After the last block.
+  void finish() const {
+    if (direct) return;
+    for_each_region_run(region, width, [&](int64_t n0, int64_t offset, int64_t length) {
+      if (out.stride_w == 1) {
+        for (int64_t m = m0; m < m1; ++m) channel(m, n0, length, tile + (m - m0) * ld + offset);
+      } else {
+        tokens_by_rows(n0, offset, length);
+      }
+    });
+  }
+
+  void tokens_by_rows(int64_t n0, int64_t offset, int64_t length) const {
+    constexpr int64_t kStep = kLanes<T>;
+    const int64_t channels = m1 - m0, ld_row = (channels + 31) / 16 * 16;
+    for (int64_t i = 0; i < length; i += kStep) {
+      const int64_t count = length - i < kStep ? length - i : kStep;
+      transpose(tile + offset + i, ld, channels, count, rows_tile, ld_row);
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t n = n0 + i + t;
+        const S* residual = epilogue.residual.data;
+        if (residual) residual += n * epilogue.residual.stride_w + m0;
+        finish_token<S>(rows_tile + t * ld_row, channels, epilogue.scale ? epilogue.scale + m0 : nullptr,
+                        epilogue.shift ? epilogue.shift + m0 : nullptr, residual, out.data + n * out.stride_w + m0);
+      }
+    }
+  }
+
+  Tokens<S> out;
+  Epilogue<S> epilogue;
+  Region region;
+  int64_t width, m0, m1, ld;
+  T *tile, *rows_tile;
+  bool direct;
+};
+
+}  // namespace efficientvit_kernels::cpu::EVK_ISA

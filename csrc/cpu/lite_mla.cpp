@@ -1,0 +1,445 @@
+// Launcher and registration of lite_mla on the CPU: product, aggregation and attention, projection; and their
+// gradients.
+#include "lite_mla.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "multiscale_aggregate_launch.h"
+#include "pointwise_launch.h"
+#include "relu_linear_attention_launch.h"
+
+namespace efficientvit_kernels::cpu {
+namespace {
+
+// Bytes that the packed input of the projection may take for one tile.
+constexpr int64_t kTileBytes = 512 << 10;
+// Below this many tiles in a batch, a tile's projection is split over its rows.
+constexpr int64_t kEnoughTiles = 8;
+
+using Tensors = std::vector<Tensor>;
+using MaybeTensor = std::optional<Tensor>;
+
+Tensor as_type(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == type ? torch::stable::contiguous(t) : torch::stable::contiguous(torch::stable::to(t, type));
+}
+
+// Checked weights of one call.
+struct Block {
+  Block(const char* op, const Tensor& x, const Tensor& qkv_weight, const Tensors& depthwise_weights,
+        const Tensors& pointwise_weights, const Tensor& proj_weight, const MaybeTensor& qkv_bias,
+        const Tensors& depthwise_biases, const Tensors& pointwise_biases, int64_t head_dim, double eps)
+      : head_dim(head_dim),
+        eps(eps),
+        channels(check(op, x, qkv_weight, head_dim)),
+        heads(channels / (3 * head_dim)),
+        qkv_weight(PointwiseWeight::of(qkv_weight)),
+        proj_weight(PointwiseWeight::of(proj_weight)),
+        aggregation(op, x, channels, head_dim, depthwise_weights, pointwise_weights, depthwise_biases,
+                    pointwise_biases) {
+    const int64_t groups = heads * (1 + aggregation.num_scales());
+    EVK_CHECK(proj_weight.is_cpu() && proj_weight.scalar_type() == x.scalar_type() && proj_weight.dim() == 4 &&
+                  proj_weight.size(1) == groups * head_dim &&
+                  proj_weight.numel() == proj_weight.size(0) * groups * head_dim,
+              op, "proj_weight", "[C_out, heads * (1 + scales) * head_dim, 1, 1] of x's dtype", "another tensor");
+    if (qkv_bias.has_value()) {
+      EVK_CHECK(qkv_bias->is_cpu() && qkv_bias->numel() == channels && qkv_bias->scalar_type() == x.scalar_type(), op,
+                "qkv_bias", "[3T] of x's dtype", "another tensor");
+      bias = as_type(*qkv_bias, compute_type(x));
+    }
+  }
+
+  static int64_t check(const char* op, const Tensor& x, const Tensor& qkv_weight, int64_t head_dim) {
+    EVK_CHECK(head_dim > 0, op, "head_dim", "positive", head_dim);
+    EVK_CHECK(x.is_cpu() && x.dim() == 4, op, "x", "a rank-4 CPU tensor", "another tensor");
+    EVK_CHECK(qkv_weight.is_cpu() && qkv_weight.scalar_type() == x.scalar_type() && qkv_weight.dim() == 4 &&
+                  qkv_weight.size(1) == x.size(1) && qkv_weight.numel() == qkv_weight.size(0) * x.size(1) &&
+                  qkv_weight.size(0) % (3 * head_dim) == 0,
+              op, "qkv_weight", "[heads * 3 * head_dim, C, 1, 1] of x's dtype", "another tensor");
+    return qkv_weight.size(0);
+  }
+
+  Tensor qkv(const Tensor& x) const {
+    Tensor out = empty_image(x, channels, MemoryFormat::Contiguous);
+    PointwiseEpilogue epilogue;
+    if (bias.has_value()) epilogue.shift = data_of(*bias);
+    pointwise(x, qkv_weight, epilogue, out);
+    return out;
+  }
+
+  Tensor empty_state(const Tensor& x, int64_t leading) const {
+    const int64_t sizes[] = {leading, heads * (1 + aggregation.num_scales()), head_dim + 1, head_dim};
+    return torch::stable::empty(sizes, compute_type(x), std::nullopt, x.device());
+  }
+
+  int64_t head_dim;
+  double eps;
+  int64_t channels, heads;
+  PointwiseWeight qkv_weight, proj_weight;
+  Aggregation aggregation;
+  MaybeTensor bias;
+};
+
+// From qkv to y. Without y, only the state.
+class Attend {
+ public:
+  Attend(const Block& block, const Tensor& qkv, const Tensor& state)
+      : qkv_(qkv),
+        type_(storage_type(qkv, "lite_mla", "x")),
+        kernels_(lite_mla_kernels_in_use(type_)),
+        batch_(qkv.size(0)),
+        bytes_(compute_bytes(qkv)),
+        grid_(qkv.size(2), qkv.size(3), kAggregateTokens) {
+    args_.qkv = image_of(qkv);
+    args_.scales = block.aggregation.scales().data();
+    args_.num_scales = block.aggregation.num_scales();
+    args_.heads = block.heads;
+    args_.head_dim = block.head_dim;
+    args_.height = qkv.size(2);
+    args_.width = qkv.size(3);
+    args_.eps = block.eps;
+    args_.state = data_of(state);
+    const int64_t tiles_per_chunk = at_least(1, chunk_tokens(block.head_dim) / kAggregateTokens);
+    chunks_ = (grid_.tiles() + tiles_per_chunk - 1) / tiles_per_chunk;
+    partial_ = block.empty_state(qkv, (chunks_ - 1) * batch_);
+    args_.partial = data_of(partial_);
+  }
+
+  void state_only() {
+    sum_states();
+    for_each_group([&](int64_t b, int64_t g, void* scratch) { kernels_.finish(args_, b, g, scratch); });
+  }
+
+  void project(const PointwiseWeight& weight, const PointwiseEpilogue& epilogue, const Tensor& y) {
+    args_.y = image_of(y);
+    if (epilogue.residual != nullptr) args_.residual = image_of(*epilogue.residual);
+    args_.scale = epilogue.scale;
+    args_.shift = epilogue.shift;
+    args_.out_channels = weight.out_channels;
+    const int64_t K = args_.width_k(), tokens = args_.height * args_.width;
+    int64_t tile_tokens = kTileBytes / (K * bytes_);
+    if (tile_tokens > kAggregateTokens) tile_tokens = kAggregateTokens;
+    const TileGrid grid(args_.height, args_.width, at_least(64, tile_tokens));
+    const Buffer packed = pack_weight(weight, type_, nullptr);
+    args_.packed = packed.data;
+    args_.folded_numel = kernels_.packed_rows_numel(weight.out_channels, K);
+    // The fold costs C_out * D products a group and image, and saves D a group and token.
+    const bool fold = tokens >= 2 * weight.out_channels;
+    const Buffer folded(fold ? batch_ * args_.folded_numel * bytes_ : 1);
+    args_.folded = fold ? folded.data : nullptr;
+
+    const int64_t tile_cols = grid.tiles() == 1 ? tokens : max_tokens(grid);
+    const int64_t packed_bytes = kernels_.packed_cols_numel(tile_cols, K) * bytes_;
+    const int64_t panels = (weight.out_channels + kernels_.panel_rows - 1) / kernels_.panel_rows;
+    if (batch_ * grid.tiles() < kEnoughTiles) {
+      project_in_two_steps(grid, packed_bytes, panels);
+    } else {
+      project_tile_by_tile(grid, packed_bytes, panels);
+    }
+  }
+
+ private:
+  static int64_t max_tokens(const TileGrid& grid) {
+    return ((grid.height + grid.down_rows - 1) / grid.down_rows) *
+           ((grid.width + grid.down_columns - 1) / grid.down_columns);
+  }
+  static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+  int64_t flops_per_group() const { return 4 * args_.head_dim * args_.head_dim * args_.height * args_.width; }
+  int64_t scratch_bytes(const TileGrid& grid) const {
+    const int64_t a = kernels_.scratch_bytes(args_, grid_), b = kernels_.scratch_bytes(args_, grid);
+    return rounded(a > b ? a : b);
+  }
+
+  void* sum_of(int64_t b, int64_t g, int64_t chunk) const {
+    const int64_t pair = b * args_.groups() + g, pairs = batch_ * args_.groups(), numel = args_.state_numel() * bytes_;
+    return chunk == 0 ? static_cast<char*>(args_.state) + pair * numel
+                      : static_cast<char*>(args_.partial) + ((chunk - 1) * pairs + pair) * numel;
+  }
+
+  template <class Body>
+  void for_each_group(Body body) const {
+    const int64_t groups = args_.groups(), bytes = scratch_bytes(grid_);
+    torch::stable::parallel_for(0, batch_ * groups, grain_size(flops_per_group()), [&](int64_t begin, int64_t end) {
+      void* scratch = thread_scratch(bytes);
+      for (int64_t i = begin; i < end; ++i) body(i / groups, i % groups, scratch);
+    });
+  }
+
+  // The sums over all tokens, unfinished.
+  void sum_states() const {
+    const int64_t groups = args_.groups(), bytes = scratch_bytes(grid_), tiles = grid_.tiles();
+    torch::stable::parallel_for(
+        0, batch_ * groups * chunks_, grain_size(flops_per_group() / chunks_), [&](int64_t begin, int64_t end) {
+          void* scratch = thread_scratch(bytes);
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t chunk = i % chunks_, g = i / chunks_ % groups, b = i / chunks_ / groups;
+            kernels_.state(args_, grid_, b, g, tiles * chunk / chunks_, tiles * (chunk + 1) / chunks_,
+                           sum_of(b, g, chunk), scratch);
+          }
+        });
+    if (chunks_ > 1) {
+      const int64_t numel = batch_ * groups * args_.state_numel();
+      bytes_ == 8
+          ? reduce_chunks(static_cast<double*>(args_.state), static_cast<double*>(args_.partial), numel, chunks_)
+          : reduce_chunks(static_cast<float*>(args_.state), static_cast<float*>(args_.partial), numel, chunks_);
+    }
+  }
+
+  // Few tiles: first the projection's input for the whole batch, then its rows and tiles in parallel.
+  void project_in_two_steps(const TileGrid& grid, int64_t packed_bytes, int64_t panels) const {
+    const int64_t tiles = grid.tiles(), bytes = scratch_bytes(grid);
+    const Buffer all(batch_ * tiles * packed_bytes);
+    auto packed_of = [&](int64_t b, int64_t tile) {
+      return static_cast<char*>(all.data) + (b * tiles + tile) * packed_bytes;
+    };
+    if (chunks_ > 1) sum_states();
+    const int64_t groups = args_.groups();
+    torch::stable::parallel_for(0, batch_ * groups, grain_size(2 * flops_per_group()), [&](int64_t begin, int64_t end) {
+      void* scratch = thread_scratch(bytes);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / groups, g = i % groups;
+        if (chunks_ == 1) kernels_.state(args_, grid_, b, g, 0, grid_.tiles(), sum_of(b, g, 0), scratch);
+        kernels_.finish(args_, b, g, scratch);
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          kernels_.query(args_, grid, b, g, tile, packed_of(b, tile), scratch);
+        }
+      }
+    });
+    int64_t splits = (kEnoughTiles + batch_ * tiles - 1) / (batch_ * tiles);
+    if (splits > (panels + 3) / 4) splits = (panels + 3) / 4;
+    const int64_t project_bytes = kernels_.project_bytes(args_, grid, (panels + splits - 1) / splits);
+    const int64_t flops = 2 * max_tokens(grid) * args_.width_k() * args_.out_channels / splits;
+    torch::stable::parallel_for(0, batch_ * tiles * splits, grain_size(flops), [&](int64_t begin, int64_t end) {
+      void* scratch = thread_scratch(project_bytes);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t split = i % splits, tile = i / splits % tiles, b = i / splits / tiles;
+        kernels_.project(args_, grid, b, tile, panels * split / splits, panels * (split + 1) / splits,
+                         packed_of(b, tile), scratch);
+      }
+    });
+  }
+
+  void project_tile_by_tile(const TileGrid& grid, int64_t packed_bytes, int64_t panels) const {
+    sum_states();
+    for_each_group([&](int64_t b, int64_t g, void* scratch) { kernels_.finish(args_, b, g, scratch); });
+    const int64_t tiles = grid.tiles(), query_bytes = scratch_bytes(grid);
+    const int64_t project_bytes = rounded(kernels_.project_bytes(args_, grid, panels));
+    torch::stable::parallel_for(0, batch_ * tiles, 1, [&](int64_t begin, int64_t end) {
+      char* scratch = static_cast<char*>(thread_scratch(query_bytes + project_bytes + packed_bytes));
+      char* packed = scratch + query_bytes + project_bytes;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / tiles, tile = i % tiles;
+        for (int64_t g = 0; g < args_.groups(); ++g) kernels_.query(args_, grid, b, g, tile, packed, scratch);
+        kernels_.project(args_, grid, b, tile, 0, panels, packed, scratch + query_bytes);
+      }
+    });
+  }
+
+  Tensor qkv_, partial_;
+  StorageType type_;
+  LiteMlaKernels kernels_;
+  LiteMlaArgs args_{};
+  int64_t batch_, bytes_, chunks_ = 1;
+  TileGrid grid_;
+};
+
+Tensor compute_vector(const char* op, const char* arg, const MaybeTensor& vector, const Tensor& x, int64_t size) {
+  EVK_CHECK(vector->is_cpu() && vector->dim() == 1 && vector->numel() == size, op, arg, "[C_out] on the CPU",
+            "another tensor");
+  return as_type(*vector, compute_type(x));
+}
+
+std::tuple<Tensor, Tensor, Tensor> lite_mla_fwd_cpu(Tensor x, Tensor qkv_weight, Tensors depthwise_weights,
+                                                    Tensors pointwise_weights, Tensor proj_weight, MaybeTensor qkv_bias,
+                                                    Tensors depthwise_biases, Tensors pointwise_biases,
+                                                    MaybeTensor proj_scale, MaybeTensor proj_shift,
+                                                    MaybeTensor residual, int64_t head_dim, double eps, bool save) {
+  const char* op = "lite_mla";
+  count_call();
+  const Block block(op, x, qkv_weight, depthwise_weights, pointwise_weights, proj_weight, qkv_bias, depthwise_biases,
+                    pointwise_biases, head_dim, eps);
+  const int64_t out_channels = proj_weight.size(0);
+  MaybeTensor scale, shift;
+  PointwiseEpilogue epilogue;
+  if (proj_scale.has_value()) {
+    scale = compute_vector(op, "proj_scale", proj_scale, x, out_channels);
+    epilogue.scale = data_of(*scale);
+  }
+  if (proj_shift.has_value()) {
+    shift = compute_vector(op, "proj_shift", proj_shift, x, out_channels);
+    epilogue.shift = data_of(*shift);
+  }
+  Tensor y = empty_image(x, out_channels, format_like(x));
+  if (residual.has_value()) {
+    EVK_CHECK(residual->is_cpu() && residual->scalar_type() == x.scalar_type() && residual->dim() == 4, op, "residual",
+              "a rank-4 CPU tensor of x's dtype", "another tensor");
+    bool same_strides = true;
+    for (int64_t axis = 0; axis < 4; ++axis) {
+      EVK_CHECK(residual->size(axis) == y.size(axis), op, "residual", "[B, C_out, H, W]", "another shape");
+      same_strides &= residual->size(axis) == 1 || residual->stride(axis) == y.stride(axis);
+    }
+    if (!same_strides) {
+      Tensor copy = empty_image(x, out_channels, format_like(x));
+      torch::stable::copy_(copy, *residual);
+      residual = copy;
+    }
+    epilogue.residual = &*residual;
+  }
+  const int64_t none[] = {0};
+  Tensor qkv = block.qkv(dense(x));
+  Tensor state = block.empty_state(x, x.size(0));
+  if (qkv.numel() == 0) {
+    torch::stable::zero_(state);
+  } else {
+    Attend(block, qkv, state).project(block.proj_weight, epilogue, y);
+  }
+  if (save) return {y, qkv, state};
+  return {y, torch::stable::empty(none, x.scalar_type(), std::nullopt, x.device()),
+          torch::stable::empty(none, compute_type(x), std::nullopt, x.device())};
+}
+
+// out[m, k] = factors[m] * grad[m, k], rounded once.
+template <class T>
+void store_weight_grad(const WeightGrad& grad, const Tensor& out, const T* factors) {
+  const StorageType type = storage_type(out, "lite_mla_bwd", "weight");
+  const int64_t rows = out.size(0), cols = out.size(1);
+  std::vector<double> row(cols);
+  for (int64_t m = 0; m < rows; ++m) {
+    const T* from = static_cast<const T*>(grad.data.data) + m * grad.ld;
+    for (int64_t k = 0; k < cols; ++k) row[k] = factors ? static_cast<double>(factors[m]) * from[k] : from[k];
+    store_rounded(row.data(), cols, type, data_of(out), m * cols);
+  }
+}
+
+Tensor weight_grad(const Tensor& grad_out, const Tensor& in, const Tensor& weight) {
+  const WeightGrad grad = pointwise_weight_grad(grad_out, in);
+  Tensor out = empty_like_weight(weight);
+  compute_bytes(in) == 8 ? store_weight_grad<double>(grad, out, nullptr) : store_weight_grad<float>(grad, out, nullptr);
+  return out;
+}
+
+Tensor rounded_vector(const std::vector<double>& values, const Tensor& like, ScalarType type) {
+  const int64_t sizes[] = {static_cast<int64_t>(values.size())};
+  Tensor out = torch::stable::empty(sizes, type, std::nullopt, like.device());
+  store_rounded(values.data(), sizes[0], storage_type(out, "lite_mla_bwd", "vector"), data_of(out), 0);
+  return out;
+}
+
+struct ProjectionGrads {
+  Tensor weight;
+  MaybeTensor scale;
+};
+
+// y = scale * (W att): the gradient of scale comes from that of scale * W, so W att is not needed again.
+template <class T>
+ProjectionGrads projection_grads(const Tensor& grad_y, const Tensor& att, const Tensor& proj_weight,
+                                 const MaybeTensor& scale) {
+  const WeightGrad grad = pointwise_weight_grad(grad_y, att);
+  ProjectionGrads result{empty_like_weight(proj_weight), std::nullopt};
+  store_weight_grad<T>(grad, result.weight, scale ? static_cast<const T*>(scale->const_data_ptr()) : nullptr);
+  if (!scale) return result;
+  const Tensor weight = as_type(proj_weight, compute_type(att));
+  const T* w = static_cast<const T*>(weight.const_data_ptr());
+  std::vector<double> sums(proj_weight.size(0), 0.0);
+  for (int64_t m = 0; m < proj_weight.size(0); ++m) {
+    const T* from = static_cast<const T*>(grad.data.data) + m * grad.ld;
+    for (int64_t k = 0; k < proj_weight.size(1); ++k) {
+      sums[m] += static_cast<double>(w[m * proj_weight.size(1) + k]) * from[k];
+    }
+  }
+  result.scale = rounded_vector(sums, att, compute_type(att));
+  return result;
+}
+
+Tensors lite_mla_bwd_cpu(Tensor grad_y, Tensor x, MaybeTensor qkv, MaybeTensor state, Tensor qkv_weight,
+                         Tensors depthwise_weights, Tensors pointwise_weights, Tensor proj_weight, MaybeTensor qkv_bias,
+                         Tensors depthwise_biases, Tensors pointwise_biases, MaybeTensor proj_scale, bool has_shift,
+                         int64_t head_dim, double eps, bool needs_x, bool needs_weights) {
+  const char* op = "lite_mla_bwd";
+  count_call();
+  const Block block(op, x, qkv_weight, depthwise_weights, pointwise_weights, proj_weight, qkv_bias, depthwise_biases,
+                    pointwise_biases, head_dim, eps);
+  EVK_CHECK(grad_y.is_cpu() && grad_y.scalar_type() == x.scalar_type() && grad_y.dim() == 4 &&
+                grad_y.size(0) == x.size(0) && grad_y.size(1) == proj_weight.size(0) && grad_y.size(2) == x.size(2) &&
+                grad_y.size(3) == x.size(3),
+            op, "grad_y", "[B, C_out, H, W] of x's dtype", "another tensor");
+  const Tensor x_dense = dense(x), dy = dense(grad_y);
+  if (!qkv.has_value()) qkv = block.qkv(x_dense);
+  EVK_CHECK(qkv->is_contiguous() && qkv->scalar_type() == x.scalar_type() && qkv->size(1) == block.channels &&
+                qkv->numel() == block.channels * x.size(0) * x.size(2) * x.size(3),
+            op, "qkv", "that of the forward", "another tensor");
+  if (!state.has_value()) {
+    state = block.empty_state(x, x.size(0));
+    if (qkv->numel() > 0) Attend(block, *qkv, *state).state_only();
+  }
+  MaybeTensor scale;
+  PointwiseEpilogue through_scale;
+  if (proj_scale.has_value()) {
+    scale = compute_vector(op, "proj_scale", proj_scale, x, proj_weight.size(0));
+    through_scale.in_scale = data_of(*scale);
+  }
+
+  Tensors multi_scale = block.aggregation.forward(*qkv);
+  multi_scale.insert(multi_scale.begin(), *qkv);
+  ProjectionGrads projection;
+  if (needs_weights) {
+    const Tensor att = attention_apply(multi_scale, *state, head_dim, eps);
+    projection = compute_bytes(x) == 8 ? projection_grads<double>(dy, att, proj_weight, scale)
+                                       : projection_grads<float>(dy, att, proj_weight, scale);
+  }
+  Tensors grads;
+  {
+    const Tensor grad_att = empty_image(x, proj_weight.size(1), MemoryFormat::Contiguous);
+    pointwise(dy, block.proj_weight.transposed(), through_scale, grad_att);
+    std::vector<int64_t> scales;
+    for (size_t s = 0; s < multi_scale.size(); ++s) scales.push_back(static_cast<int64_t>(s));
+    grads = attention_backward(grad_att, multi_scale, *state, head_dim, eps, scales);
+  }
+  multi_scale.clear();
+  const Tensor grad_qkv = grads[0];
+  grads.erase(grads.begin());
+  const bool needs_biases = needs_weights && (!depthwise_biases.empty() || !pointwise_biases.empty());
+  const Aggregation::Grads aggregation =
+      block.aggregation.backward(grads, *qkv, &grad_qkv, true, needs_weights, needs_biases);
+  grads.clear();
+
+  Tensors results;
+  if (needs_x) {
+    results.push_back(empty_image(x, x.size(1), format_like(x)));
+    pointwise(grad_qkv, block.qkv_weight.transposed(), {}, results.back());
+  }
+  if (!needs_weights) return results;
+  auto append = [&](const Tensors& list) { results.insert(results.end(), list.begin(), list.end()); };
+  results.push_back(weight_grad(grad_qkv, x_dense, qkv_weight));
+  append(aggregation.depthwise_weights);
+  append(aggregation.pointwise_weights);
+  results.push_back(projection.weight);
+  if (qkv_bias.has_value()) results.push_back(rounded_vector(channel_sums(grad_qkv), x, x.scalar_type()));
+  if (!depthwise_biases.empty()) append(aggregation.depthwise_biases);
+  if (!pointwise_biases.empty()) append(aggregation.pointwise_biases);
+  if (scale) results.push_back(*projection.scale);
+  if (has_shift) results.push_back(rounded_vector(channel_sums(dy), x, compute_type(x)));
+  return results;
+}
+
+}  // namespace
+}  // namespace efficientvit_kernels::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(efficientvit_kernels, m) {
+  m.def(
+      "lite_mla_fwd(Tensor x, Tensor qkv_weight, Tensor[] depthwise_weights, Tensor[] pointwise_weights, "
+      "Tensor proj_weight, Tensor? qkv_bias, Tensor[] depthwise_biases, Tensor[] pointwise_biases, Tensor? proj_scale, "
+      "Tensor? proj_shift, Tensor? residual, int head_dim, float eps, bool save) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "lite_mla_bwd(Tensor grad_y, Tensor x, Tensor? qkv, Tensor? state, Tensor qkv_weight, "
+      "Tensor[] depthwise_weights, Tensor[] pointwise_weights, Tensor proj_weight, Tensor? qkv_bias, "
+      "Tensor[] depthwise_biases, Tensor[] pointwise_biases, Tensor? proj_scale, bool has_shift, int head_dim, "
+      "float eps, bool needs_x, bool needs_weights) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(efficientvit_kernels, CPU, m) {
+  m.impl("lite_mla_fwd", TORCH_BOX(&efficientvit_kernels::cpu::lite_mla_fwd_cpu));
+  m.impl("lite_mla_bwd", TORCH_BOX(&efficientvit_kernels::cpu::lite_mla_bwd_cpu));
+}

@@ -1,0 +1,192 @@
+// 1 x 1 convolutions on the CPU: packing, cutting into tasks.
+#include "pointwise.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "plan.h"
+#include "pointwise_launch.h"
+
+namespace efficientvit_kernels::cpu {
+namespace {
+
+// Bytes that one block of packed columns may take: it is read once per row panel and should stay in a second-level
+// cache.
+constexpr int64_t kBlockBytes = 256 << 10;
+constexpr int64_t kMaxBlockColumns = 256;
+// Below this many blocks of columns, the rows are split, too.
+constexpr int64_t kEnoughTasks = 8;
+constexpr int64_t kGradChunk = 512;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+bool is_dense(const Tensor& image) {
+  const int64_t C = image.size(1), H = image.size(2), W = image.size(3);
+  const int64_t nchw[] = {C * H * W, H * W, W, 1}, channels_last[] = {C * H * W, 1, W * C, C};
+  bool is_nchw = true, is_channels_last = true;
+  for (int64_t axis = 0; axis < 4; ++axis) {
+    if (image.size(axis) == 1) continue;
+    is_nchw &= image.stride(axis) == nchw[axis];
+    is_channels_last &= image.stride(axis) == channels_last[axis];
+  }
+  return is_nchw || is_channels_last;
+}
+
+Tensor dense(const Tensor& image) { return is_dense(image) ? image : torch::stable::contiguous(image); }
+
+// As image_of, but axes of size 1 get the strides of one of the two dense formats.
+static ImageTensor dense_image_of(const Tensor& t) {
+  const int64_t C = t.size(1), H = t.size(2), W = t.size(3);
+  const bool channels_last = C > 1 && H * W > 1 && t.stride(1) == 1;
+  if (channels_last) return {data_of(t), C * H * W, 1, W * C, C};
+  return {data_of(t), C * H * W, H * W, W, 1};
+}
+
+Buffer pack_weight(const PointwiseWeight& weight, StorageType type, const void* in_scale) {
+  const PointwiseKernels kernels = pointwise_kernels_in_use(type);
+  PointwiseArgs args{};
+  args.weight = weight.data;
+  args.stride_m = weight.stride_m;
+  args.stride_k = weight.stride_k;
+  args.out_channels = weight.out_channels;
+  args.in_channels = weight.in_channels;
+  args.in_scale = in_scale;
+  const int64_t bytes = type == StorageType::kDouble ? 8 : 4;
+  Buffer packed(at_least(1, kernels.packed_rows_numel(args.out_channels, args.in_channels) * bytes));
+  args.packed = packed.data;
+  torch::stable::parallel_for(0, ceil_div(args.out_channels, kernels.panel_rows),
+                              grain_size(kernels.panel_rows * args.in_channels * 16),
+                              [&](int64_t begin, int64_t end) { kernels.pack(args, begin, end); });
+  return packed;
+}
+
+void pointwise(const Tensor& in, const PointwiseWeight& weight, const PointwiseEpilogue& epilogue, const Tensor& out) {
+  const StorageType type = storage_type(in, "pointwise", "in");
+  const PointwiseKernels kernels = pointwise_kernels_in_use(type);
+  const int64_t batch = in.size(0), tokens = in.size(2) * in.size(3);
+  if (batch == 0 || tokens == 0 || weight.out_channels == 0) return;
+  PointwiseArgs args{};
+  args.in = dense_image_of(in);
+  args.out = dense_image_of(out);
+  if (epilogue.residual != nullptr) args.residual = dense_image_of(*epilogue.residual);
+  args.scale = epilogue.scale;
+  args.shift = epilogue.shift;
+  args.out_channels = weight.out_channels;
+  args.in_channels = weight.in_channels;
+  args.height = in.size(2);
+  args.width = in.size(3);
+  const Buffer packed = pack_weight(weight, type, epilogue.in_scale);
+  args.packed = packed.data;
+
+  const int64_t rows = ceil_div(args.out_channels, kernels.panel_rows), cols = ceil_div(tokens, kernels.panel_cols);
+  int64_t per_block = kBlockBytes / (at_least(1, args.in_channels) * compute_bytes(in) * kernels.panel_cols);
+  const int64_t most = kMaxBlockColumns / kernels.panel_cols;
+  per_block = at_least(1, per_block < most ? per_block : most);
+  const int64_t blocks = ceil_div(cols, per_block);
+  int64_t splits = batch * blocks >= kEnoughTasks ? 1 : ceil_div(kEnoughTasks, batch * blocks);
+  if (splits > ceil_div(rows, 4)) splits = ceil_div(rows, 4);
+  const int64_t block_cols = ceil_div(cols, blocks) * kernels.panel_cols;
+  const int64_t flops = 2 * block_cols * args.in_channels * ceil_div(args.out_channels, splits);
+  torch::stable::parallel_for(0, batch * blocks * splits, grain_size(flops), [&](int64_t begin, int64_t end) {
+    void* scratch = thread_scratch(kernels.scratch_bytes(args, block_cols, ceil_div(rows, splits)));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t split = i % splits, block = i / splits % blocks, b = i / splits / blocks;
+      kernels.multiply(
+          args,
+          {b, rows * split / splits, rows * (split + 1) / splits, cols * block / blocks, cols * (block + 1) / blocks},
+          scratch);
+    }
+  });
+}
+
+WeightGrad pointwise_weight_grad(const Tensor& grad_out, const Tensor& in) {
+  const PointwiseKernels kernels = pointwise_kernels_in_use(storage_type(in, "pointwise", "in"));
+  const int64_t batch = in.size(0), tokens = in.size(2) * in.size(3), bytes = compute_bytes(in);
+  PointwiseGradArgs args{};
+  args.grad_out = dense_image_of(grad_out);
+  args.in = dense_image_of(in);
+  args.out_channels = grad_out.size(1);
+  args.in_channels = in.size(1);
+  args.height = in.size(2);
+  args.width = in.size(3);
+  const int64_t rows = ceil_div(args.out_channels, kernels.panel_rows);
+  const int64_t cols = ceil_div(args.in_channels, kernels.panel_cols), ld = cols * kernels.panel_cols;
+  WeightGrad result{Buffer(at_least(1, args.out_channels * ld * bytes)), ld};
+  args.grad_weight = result.data.data;
+  if (batch == 0 || tokens == 0) {
+    std::memset(args.grad_weight, 0, args.out_channels * ld * bytes);
+    return result;
+  }
+  const int64_t chunks = ceil_div(tokens, kGradChunk), chunk = ceil_div(tokens, chunks);
+  const Buffer packed_grad(at_least(1, kernels.packed_rows_numel(args.out_channels, chunk) * bytes));
+  const Buffer packed_in(at_least(1, kernels.packed_cols_numel(args.in_channels, chunk) * bytes));
+  args.packed_grad = packed_grad.data;
+  args.packed_in = packed_in.data;
+  args.first = true;
+  for (args.b = 0; args.b < batch; ++args.b) {
+    for (int64_t c = 0; c < chunks; ++c) {
+      args.n0 = tokens * c / chunks;
+      args.count = tokens * (c + 1) / chunks - args.n0;
+      const int64_t cost = 16 * args.count;
+      torch::stable::parallel_for(0, rows + cols, grain_size(cost * kernels.panel_cols),
+                                  [&](int64_t begin, int64_t end) {
+                                    if (begin < rows) kernels.pack_grad(args, begin, end < rows ? end : rows);
+                                    if (end <= rows) return;
+                                    void* scratch = thread_scratch(kernels.scratch_numel * bytes);
+                                    kernels.pack_in(args, at_least(begin, rows) - rows, end - rows, scratch);
+                                  });
+      torch::stable::parallel_for(0, rows, grain_size(2 * args.count * ld * kernels.panel_rows),
+                                  [&](int64_t begin, int64_t end) { kernels.accumulate(args, begin, end); });
+      args.first = false;
+    }
+  }
+  return result;
+}
+
+template <class T>
+static std::vector<double> sums_of(const Tensor& image) {
+  const ImageTensor view = dense_image_of(image);
+  const int64_t batch = image.size(0), channels = image.size(1), tokens = image.size(2) * image.size(3);
+  std::vector<double> sums(channels, 0.0);
+  const T* data = static_cast<const T*>(view.data);
+  const bool by_rows = view.stride_w != 1;
+  torch::stable::parallel_for(0, channels, grain_size(batch * tokens * 4), [&](int64_t begin, int64_t end) {
+    for (int64_t b = 0; b < batch; ++b) {
+      const T* first = data + b * view.stride_b;
+      if (by_rows) {
+        for (int64_t n = 0; n < tokens; ++n) {
+          for (int64_t c = begin; c < end; ++c) sums[c] += static_cast<double>(first[n * view.stride_w + c]);
+        }
+        continue;
+      }
+      for (int64_t c = begin; c < end; ++c) {
+        double partial[8] = {};  // eight chains, so that the additions overlap
+        const T* row = first + c * view.stride_c;
+        int64_t n = 0;
+        for (; n + 8 <= tokens; n += 8) {
+          for (int i = 0; i < 8; ++i) partial[i] += static_cast<double>(row[n + i]);
+        }
+        for (; n < tokens; ++n) partial[0] += static_cast<double>(row[n]);
+        for (double p : partial) sums[c] += p;
+      }
+    }
+  });
+  return sums;
+}
+
+std::vector<double> channel_sums(const Tensor& image) {
+  switch (storage_type(image, "channel_sums", "image")) {
+    case StorageType::kDouble:
+      return sums_of<double>(image);
+    case StorageType::kHalf:
+      return sums_of<torch::headeronly::Half>(image);
+    case StorageType::kBFloat16:
+      return sums_of<torch::headeronly::BFloat16>(image);
+    default:
+      return sums_of<float>(image);
+  }
+}
+
+}  // namespace efficientvit_kernels::cpu
