@@ -95,10 +95,10 @@ def _eager_other_layout(official: nn.Module, settings: Settings, inputs: list[Di
 def _compiled(official: nn.Module, settings: Settings, inputs: list[Dims]) -> Provider:
     torch.compiler.reset()  # or the graphs of earlier shapes count towards the limit of recompilations
     options: dict[str, Any] | None = None if settings.training else {"freezing": True}
-    compiled = torch.compile(fold(official) if options else official, dynamic=False, fullgraph=True, options=options)
-    return torch_provider(
-        cast(nn.Module, compiled), settings, note="inductor" + (", norm folded, freezing" if options else "")
-    )
+    module = official if settings.training else fold(official)
+    compiled = torch.compile(module, dynamic=False, fullgraph=True, options=options)
+    note = "inductor" if settings.training else "inductor, freezing"
+    return torch_provider(cast(nn.Module, compiled), settings, note=note)
 
 
 def _onnxruntime(official: nn.Module, settings: Settings, inputs: list[Dims]) -> Provider:

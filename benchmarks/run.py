@@ -29,10 +29,10 @@ from efficientvit_kernels.testing import Verdict, native_calls, rule_t
 
 RESULTS = Path(__file__).parent / "results"
 PASSES = {"inference": (False,), "training": (True,), "both": (False, True)}
-DEFAULT_PEERS = {"registry": ("eager", "eager_folded", "eager_other_layout")}  # of the other sets: all
+DEFAULT_PEERS = {"registry": ("eager", "eager_folded")}  # of the other sets: all
 RUNTIMES = ("onnxruntime", "onnx", "onnxscript", "openvino")
 AGAIN = "eager_again"  # the same module once more: its ratio to "eager" must be near 1
-# A peer beyond this relative error computes something else.
+# A peer computes something else when it is beyond this relative error, and beyond four times that of eager.
 PEER_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 
 
@@ -132,7 +132,7 @@ def check(work: Workload) -> dict[str, Any]:
                 work.left_out[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
                 del work.providers[name]
                 continue
-            if not errors[name] <= PEER_TOLERANCE[work.settings.dtype]:
+            if not errors[name] <= max(PEER_TOLERANCE[work.settings.dtype], 4 * errors["eager"]):
                 work.left_out[name] = f"its results are wrong: relative error {errors[name]:.3g}"
                 del work.providers[name]
     verdicts = dict(zip(_names(work), map(rule_t, ours, truth, base), strict=True))
@@ -150,17 +150,17 @@ def check(work: Workload) -> dict[str, Any]:
 
 
 def figures(samples: Samples, flops: float) -> dict[str, Any]:
-    """Medians over all counted calls, and per peer the median over rounds of its time over ours."""
+    """Medians over all counted calls, and per peer the median over rounds of its time over ours; the best is the peer
+    with the least of these."""
     medians = {name: median_seconds(blocks) for name, blocks in samples.items()}
-    rivals = [name for name in samples if name not in ("ours", AGAIN)]
-    over = {name: ratios(samples[name], samples["ours"]) for name in rivals}
-    best = min(rivals, key=lambda name: medians[name])
+    over = {name: ratios(samples[name], samples["ours"]) for name in samples if name not in ("ours", AGAIN)}
+    speed_up = {name: statistics.median(values) for name, values in over.items()}
     return {
         "median_ms": {name: 1e3 * seconds for name, seconds in medians.items()},
         "best_ms": {name: 1e3 * min(map(min, blocks)) for name, blocks in samples.items()},
         "gflops": flops / medians["ours"] / 1e9,
-        "speed_up_over": {name: statistics.median(values) for name, values in over.items()},
-        "best_peer": best,
+        "speed_up_over": speed_up,
+        "best_peer": min(speed_up, key=lambda name: speed_up[name]),
         "self_check": statistics.median(ratios(samples[AGAIN], samples["eager"])),
         "ratios": over,
         "samples_ms": {name: [[1e3 * value for value in block] for block in samples[name]] for name in samples},
