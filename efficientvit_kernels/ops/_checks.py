@@ -90,7 +90,7 @@ def check_list(op: str, arg: str, tensors: object, length: int | None = None, li
     if not isinstance(tensors, Sequence):
         raise TypeError(f"{op}: {arg} must be a sequence of tensors, got {type(tensors).__name__}")
     if length is not None and len(tensors) != length:
-        raise ValueError(f"{op}: {arg} must be of {like_arg}'s length {length}, got {len(tensors)}")
+        raise ValueError(f"{op}: {arg} must be of {like_arg}' length {length}, got {len(tensors)}")
 
 
 def check_aggregation(

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from efficientvit_kernels.testing import ulp
 from tests.ops.common import DTYPES, LAYOUTS, as_layout, judge, run, uncancelled_gradients
-
-EXAMPLES = int(os.environ.get("EVK_FUZZ_EXAMPLES", "300"))
-FUZZ = settings(
-    max_examples=EXAMPLES,
-    derandomize=EXAMPLES == 300,  # the same examples on every push; `make nightly` draws new ones
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+from tests.ops.fuzzing import EXAMPLES, FUZZ
 
 head_dims = st.one_of(st.sampled_from([1, 4, 8, 16, 24, 32, 33]), st.integers(1, 70))
 sides = st.one_of(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33]), st.integers(1, 40))
