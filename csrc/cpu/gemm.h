@@ -31,7 +31,8 @@ inline constexpr int64_t kPackLd = kPackDepth + 16;
 
 // --- packing --------------------------------------------------------------------------------------------------------
 
-// Panels [p0, p1) of A, whose element (i, k) is a[i * stride_m + k * stride_k], times factors[k] where there are any.
+// Panels [p0, p1) of A, whose element (i, k) is a[i * stride_m + k * stride_k], times factors[k] where there are any;
+// `packed` is where panel p0 goes.
 // Entries past a panel's last row are left as they are: they only reach rows that nobody writes.
 template <class S, class T>
 static void pack_rows(const S* a, int64_t stride_m, int64_t stride_k, int64_t m, int64_t depth, int64_t p0, int64_t p1,
@@ -39,13 +40,18 @@ static void pack_rows(const S* a, int64_t stride_m, int64_t stride_k, int64_t m,
   T scratch[kPanelLd * kPackLd] = {};
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t i0 = first_row(m, p), rows = first_row(m, p + 1) - i0;
-    T* panel = packed + p * panel_depth(depth) * kPanelLd;
+    T* panel = packed + (p - p0) * panel_depth(depth) * kPanelLd;
     const S* first = a + i0 * stride_m;
     if (stride_k == 1) {
       for (int64_t k = 0; k < depth; k += kPackDepth) {
         const int64_t count = depth - k < kPackDepth ? depth - k : kPackDepth;
         for (int64_t i = 0; i < rows; ++i) {
-          convert_in<Load::kPlain>(first + i * stride_m + k, count, scratch + i * kPackLd);
+          const S* row = first + i * stride_m + k;
+          // So many short rows are beyond the hardware's prefetcher: ask for the next panel's, in time.
+          for (int64_t j = 0; j < count; j += 64 / static_cast<int64_t>(sizeof(S))) {
+            __builtin_prefetch(row + rows * stride_m + j);
+          }
+          convert_in<Load::kPlain>(row, count, scratch + i * kPackLd);
         }
         transpose(scratch, kPackLd, kPanelLd, count, panel + k * kPanelLd, kPanelLd);
       }
@@ -113,7 +119,7 @@ static inline int64_t pack_cols_scratch() {
 // --- the product ----------------------------------------------------------------------------------------------------
 
 // Calls write(first row, rows, first column, columns, block), block being [rows, kPanelCols] values, for the row panels
-// [p0, p1) and `count` columns.
+// [p0, p1) and `count` columns; packed_rows is where panel p0 begins.
 template <class T, class Write>
 static void multiply(const T* packed_rows, int64_t m, int64_t p0, int64_t p1, int64_t depth, const T* packed_cols,
                      int64_t count, Write write) {
@@ -121,7 +127,7 @@ static void multiply(const T* packed_rows, int64_t m, int64_t p0, int64_t p1, in
   alignas(kVecBytes) T block[kPanelRows * NR];
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t i0 = first_row(m, p), rows = first_row(m, p + 1) - i0;
-    const T* a = packed_rows + p * panel_depth(depth) * kPanelLd;
+    const T* a = packed_rows + (p - p0) * panel_depth(depth) * kPanelLd;
     for (int64_t n = 0; n < count; n += NR) {
       const int64_t cols = count - n < NR ? count - n : NR;
       const T* b = packed_cols + n * panel_depth(depth);

@@ -12,6 +12,7 @@
 
 #include "../checks.h"
 #include "image.h"
+#include "stages.h"
 
 namespace efficientvit_kernels::cpu {
 

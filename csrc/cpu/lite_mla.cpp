@@ -15,8 +15,8 @@ namespace {
 
 // Bytes that the packed input of the projection may take for one tile.
 constexpr int64_t kTileBytes = 512 << 10;
-// Below this many tiles in a batch, a tile's projection is split over its rows.
-constexpr int64_t kEnoughTiles = 8;
+// Up to this size the projection's input is packed for the whole batch at once.
+constexpr int64_t kStreamBytes = 1 << 20;
 
 using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
@@ -64,7 +64,7 @@ struct Block {
     Tensor out = empty_image(x, channels, MemoryFormat::Contiguous);
     PointwiseEpilogue epilogue;
     if (bias.has_value()) epilogue.shift = data_of(*bias);
-    pointwise(x, qkv_weight, epilogue, out);
+    pointwise(x, qkv_weight, epilogue, out, Stage::kQkvProduct);
     return out;
   }
 
@@ -121,22 +121,20 @@ class Attend {
     int64_t tile_tokens = kTileBytes / (K * bytes_);
     if (tile_tokens > kAggregateTokens) tile_tokens = kAggregateTokens;
     const TileGrid grid(args_.height, args_.width, at_least(64, tile_tokens));
-    const Buffer packed = pack_weight(weight, type_, nullptr);
-    args_.packed = packed.data;
-    args_.folded_numel = kernels_.packed_rows_numel(weight.out_channels, K);
+    PackedWeight packed(weight, type_, nullptr);
+    const int64_t packed_bytes = kernels_.packed_cols_numel(max_tokens(grid), K) * bytes_;
     // The fold costs C_out * D products a group and image, and saves D a group and token.
     const bool fold = tokens >= 2 * weight.out_channels;
+    if (!fold && batch_ * grid.tiles() * packed_bytes <= kStreamBytes) {
+      project_in_two_steps(packed, grid, packed_bytes);
+      return;
+    }
+    packed.pack_all();
+    args_.packed = packed.at(0);
+    args_.folded_numel = (packed.at(packed.panels()) - packed.at(0)) / bytes_;
     const Buffer folded(fold ? batch_ * args_.folded_numel * bytes_ : 1);
     args_.folded = fold ? folded.data : nullptr;
-
-    const int64_t tile_cols = grid.tiles() == 1 ? tokens : max_tokens(grid);
-    const int64_t packed_bytes = kernels_.packed_cols_numel(tile_cols, K) * bytes_;
-    const int64_t panels = (weight.out_channels + kernels_.panel_rows - 1) / kernels_.panel_rows;
-    if (batch_ * grid.tiles() < kEnoughTiles) {
-      project_in_two_steps(grid, packed_bytes, panels);
-    } else {
-      project_tile_by_tile(grid, packed_bytes, panels);
-    }
+    project_tile_by_tile(packed, grid, packed_bytes);
   }
 
  private:
@@ -163,6 +161,7 @@ class Attend {
     const int64_t groups = args_.groups(), bytes = scratch_bytes(grid_);
     torch::stable::parallel_for(0, batch_ * groups, grain_size(flops_per_group()), [&](int64_t begin, int64_t end) {
       void* scratch = thread_scratch(bytes);
+      const StageTimer timer(Stage::kFinishState);
       for (int64_t i = begin; i < end; ++i) body(i / groups, i % groups, scratch);
     });
   }
@@ -173,6 +172,7 @@ class Attend {
     torch::stable::parallel_for(
         0, batch_ * groups * chunks_, grain_size(flops_per_group() / chunks_), [&](int64_t begin, int64_t end) {
           void* scratch = thread_scratch(bytes);
+          const StageTimer timer(Stage::kState);
           for (int64_t i = begin; i < end; ++i) {
             const int64_t chunk = i % chunks_, g = i / chunks_ % groups, b = i / chunks_ / groups;
             kernels_.state(args_, grid_, b, g, tiles * chunk / chunks_, tiles * (chunk + 1) / chunks_,
@@ -187,8 +187,8 @@ class Attend {
     }
   }
 
-  // Few tiles: first the projection's input for the whole batch, then its rows and tiles in parallel.
-  void project_in_two_steps(const TileGrid& grid, int64_t packed_bytes, int64_t panels) const {
+  // A small batch: first the projection's input for all of it, then the weights stream through.
+  void project_in_two_steps(const PackedWeight& weight, const TileGrid& grid, int64_t packed_bytes) const {
     const int64_t tiles = grid.tiles(), bytes = scratch_bytes(grid);
     const Buffer all(batch_ * tiles * packed_bytes);
     auto packed_of = [&](int64_t b, int64_t tile) {
@@ -200,39 +200,49 @@ class Attend {
       void* scratch = thread_scratch(bytes);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / groups, g = i % groups;
-        if (chunks_ == 1) kernels_.state(args_, grid_, b, g, 0, grid_.tiles(), sum_of(b, g, 0), scratch);
-        kernels_.finish(args_, b, g, scratch);
+        if (chunks_ == 1) {
+          const StageTimer timer(Stage::kState);
+          kernels_.state(args_, grid_, b, g, 0, grid_.tiles(), sum_of(b, g, 0), scratch);
+        }
+        {
+          const StageTimer timer(Stage::kFinishState);
+          kernels_.finish(args_, b, g, scratch);
+        }
+        const StageTimer timer(Stage::kQuery);
         for (int64_t tile = 0; tile < tiles; ++tile) {
           kernels_.query(args_, grid, b, g, tile, packed_of(b, tile), scratch);
         }
       }
     });
-    int64_t splits = (kEnoughTiles + batch_ * tiles - 1) / (batch_ * tiles);
-    if (splits > (panels + 3) / 4) splits = (panels + 3) / 4;
-    const int64_t project_bytes = kernels_.project_bytes(args_, grid, (panels + splits - 1) / splits);
-    const int64_t flops = 2 * max_tokens(grid) * args_.width_k() * args_.out_channels / splits;
-    torch::stable::parallel_for(0, batch_ * tiles * splits, grain_size(flops), [&](int64_t begin, int64_t end) {
-      void* scratch = thread_scratch(project_bytes);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t split = i % splits, tile = i / splits % tiles, b = i / splits / tiles;
-        kernels_.project(args_, grid, b, tile, panels * split / splits, panels * (split + 1) / splits,
-                         packed_of(b, tile), scratch);
-      }
-    });
+    const int64_t flops = 2 * args_.height * args_.width * args_.width_k() * args_.out_channels;
+    weight.for_each_group(grain_size(batch_ * flops * kStreamPanels / weight.panels()),
+                          kernels_.project_bytes(args_, grid, kStreamPanels), Stage::kProjection,
+                          [&](int64_t p0, int64_t p1, void* packed_rows, void* scratch) {
+                            for (int64_t i = 0; i < batch_ * tiles; ++i) {
+                              kernels_.project(args_, grid, i / tiles, i % tiles, p0, p1, packed_rows,
+                                               packed_of(i / tiles, i % tiles), scratch);
+                            }
+                          });
   }
 
-  void project_tile_by_tile(const TileGrid& grid, int64_t packed_bytes, int64_t panels) const {
+  void project_tile_by_tile(const PackedWeight& weight, const TileGrid& grid, int64_t packed_bytes) const {
     sum_states();
     for_each_group([&](int64_t b, int64_t g, void* scratch) { kernels_.finish(args_, b, g, scratch); });
     const int64_t tiles = grid.tiles(), query_bytes = scratch_bytes(grid);
-    const int64_t project_bytes = rounded(kernels_.project_bytes(args_, grid, panels));
+    const int64_t project_bytes = rounded(kernels_.project_bytes(args_, grid, weight.panels()));
     torch::stable::parallel_for(0, batch_ * tiles, 1, [&](int64_t begin, int64_t end) {
       char* scratch = static_cast<char*>(thread_scratch(query_bytes + project_bytes + packed_bytes));
       char* packed = scratch + query_bytes + project_bytes;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / tiles, tile = i % tiles;
-        for (int64_t g = 0; g < args_.groups(); ++g) kernels_.query(args_, grid, b, g, tile, packed, scratch);
-        kernels_.project(args_, grid, b, tile, 0, panels, packed, scratch + query_bytes);
+        {
+          const StageTimer timer(Stage::kQuery);
+          for (int64_t g = 0; g < args_.groups(); ++g) kernels_.query(args_, grid, b, g, tile, packed, scratch);
+        }
+        const StageTimer timer(Stage::kProjection);
+        const void* rows = weight.at(0);
+        if (args_.folded) rows = static_cast<char*>(args_.folded) + b * args_.folded_numel * bytes_;
+        kernels_.project(args_, grid, b, tile, 0, weight.panels(), rows, packed, scratch + query_bytes);
       }
     });
   }
@@ -392,7 +402,7 @@ Tensors lite_mla_bwd_cpu(Tensor grad_y, Tensor x, MaybeTensor qkv, MaybeTensor s
   Tensors grads;
   {
     const Tensor grad_att = empty_image(x, proj_weight.size(1), MemoryFormat::Contiguous);
-    pointwise(dy, block.proj_weight.transposed(), through_scale, grad_att);
+    pointwise(dy, block.proj_weight.transposed(), through_scale, grad_att, Stage::kInputGrad);
     std::vector<int64_t> scales;
     for (size_t s = 0; s < multi_scale.size(); ++s) scales.push_back(static_cast<int64_t>(s));
     grads = attention_backward(grad_att, multi_scale, *state, head_dim, eps, scales);
@@ -408,7 +418,7 @@ Tensors lite_mla_bwd_cpu(Tensor grad_y, Tensor x, MaybeTensor qkv, MaybeTensor s
   Tensors results;
   if (needs_x) {
     results.push_back(empty_image(x, x.size(1), format_like(x)));
-    pointwise(grad_qkv, block.qkv_weight.transposed(), {}, results.back());
+    pointwise(grad_qkv, block.qkv_weight.transposed(), {}, results.back(), Stage::kInputGrad);
   }
   if (!needs_weights) return results;
   auto append = [&](const Tensors& list) { results.insert(results.end(), list.begin(), list.end()); };

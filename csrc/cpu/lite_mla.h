@@ -25,7 +25,8 @@ struct LiteMlaArgs {
   void* state;    // [B * G, D + 1, D], compute type
   void* partial;  // [chunks - 1, B * G, D + 1, D]
 
-  // The projection. packed: row panels of W, [C_out, K]; folded: those of W KV, one set per image, or null.
+  // The projection. packed: row panels of W, [C_out, K], for the fold; folded: those of W KV, one set per image, or
+  // null.
   void *packed, *folded;
   int64_t folded_numel;
   ImageTensor y, residual;    // NCHW or channels_last, both the same; residual.data may be null
@@ -52,9 +53,9 @@ struct LiteMlaKernels {
   // The group's rows of the projection's input for one tile: att, or q' / den under the fold, into packed columns.
   void (*query)(const LiteMlaArgs&, const TileGrid&, int64_t b, int64_t g, int64_t tile, void* packed_cols,
                 void* scratch);
-  // Row panels [p0, p1) of y for one tile.
+  // Row panels [p0, p1) of y for one tile; packed_rows: panel p0 of W, or of the image's W KV.
   void (*project)(const LiteMlaArgs&, const TileGrid&, int64_t b, int64_t tile, int64_t p0, int64_t p1,
-                  const void* packed_cols, void* scratch);
+                  const void* packed_rows, const void* packed_cols, void* scratch);
   Bytes scratch_bytes;  // for state, finish and query
   int64_t (*project_bytes)(const LiteMlaArgs&, const TileGrid&, int64_t row_panels);
   int64_t (*packed_cols_numel)(int64_t n, int64_t depth);

@@ -11,9 +11,7 @@ namespace efficientvit_kernels::cpu::EVK_ISA {
 template <class T>
 struct LiteMlaScratch {
   LiteMlaScratch(Arena<T>& arena, const LiteMlaArgs& args, const TileGrid& grid)
-      : weights_k(arena, args.head_dim, 2 * args.max_pad() + 1),
-        weights_v(arena, args.head_dim, 2 * args.max_pad() + 1),
-        ld(Scratch<T>::row_stride(args.head_dim)) {
+      : ld(Scratch<T>::row_stride(args.head_dim)) {
     const int64_t rows = max_tile_rows(grid), cols = max_tile_cols(grid), pad = args.max_pad();
     planes = arena.take(Planes<T, T>::numel(args.head_dim, rows, cols, pad));
     row = arena.take((at_least(kTileTokens, cols + 2 * pad) + 16) * ld);
@@ -22,7 +20,6 @@ struct LiteMlaScratch {
     for (T*& m : matrix) m = arena.take((ld + 1) * ld);
   }
 
-  PartWeights<T> weights_k, weights_v;
   int64_t ld;
   T *planes, *row, *column[2], *k_row, *matrix[2];
 };
@@ -32,20 +29,21 @@ static Tokens<const S> lite_mla_part(const LiteMlaArgs& args, int64_t b, int64_t
   return tokens_of<const S>(args.qkv, args.height, args.width, b, (g % args.heads * 3 + part) * args.head_dim);
 }
 
-// The aggregation that group g uses, or null for scale 0; loads the weights of its part.
-template <class S, class T>
-static const AggregateScale* load_part_weights(const LiteMlaArgs& args, int64_t g, Part part, PartWeights<T>& weights) {
-  if (g < args.heads) return nullptr;
-  const AggregateScale& scale = args.scales[g / args.heads - 1];
-  weights.template load<S>(scale, g % args.heads * 3 + part);
-  return &scale;
+// The aggregation that group g uses, or null for scale 0.
+static inline const AggregateScale* scale_of(const LiteMlaArgs& args, int64_t g) {
+  return g < args.heads ? nullptr : &args.scales[g / args.heads - 1];
+}
+
+template <class T>
+static PartWeights<T> part_weights(const LiteMlaArgs& args, int64_t g, Part part) {
+  return PartWeights<T>(*scale_of(args, g), args.head_dim, g % args.heads * 3 + part);
 }
 
 // out[channel][token] = depthwise convolution of a part over one tile.
 template <class S, class T>
-static void filter_part(const LiteMlaArgs& args, const Tokens<const S>& part, const AggregateScale& scale,
-                        const Region& region, const PartWeights<T>& weights, const LiteMlaScratch<T>& scratch, T* out) {
-  const Planes<S, T> planes(part, args.head_dim, region, scale.pad(), args.height, args.width, scratch.planes,
+static void filter_part(const LiteMlaArgs& args, const Tokens<const S>& part, const Region& region,
+                        const PartWeights<T>& weights, const LiteMlaScratch<T>& scratch, T* out) {
+  const Planes<S, T> planes(part, args.head_dim, region, weights.size / 2, args.height, args.width, scratch.planes,
                             scratch.row, scratch.ld);
   depthwise_part(planes, region, weights, out, kAggregateLd);
 }
@@ -62,11 +60,11 @@ static void relu_rows(T* tile, int64_t ld, int64_t rows, int64_t cols, const T* 
 
 // The same for a tile in row form, whose bias runs along the row.
 template <class T>
-static void relu_tokens(T* rows, int64_t ld, int64_t tokens, int64_t channels, const PartWeights<T>& weights) {
+static void relu_tokens(T* rows, int64_t ld, int64_t tokens, int64_t channels, const T* bias) {
   for (int64_t n = 0; n < tokens; ++n, rows += ld) {
     for (int64_t c = 0; c < channels; c += kLanes<T>) {
       const Vec<T> x = load(rows + c);
-      store(rows + c, relu(weights.has_pointwise_bias ? x + load(weights.pointwise_bias + c) : x));
+      store(rows + c, relu(bias ? x + load(bias + c) : x));
     }
   }
 }
@@ -77,13 +75,11 @@ static void lite_mla_state_kernel(const LiteMlaArgs& args, const TileGrid& grid,
   using T = Compute<S>;
   const int64_t D = args.head_dim, W = args.width;
   Arena<T> arena(memory);
-  LiteMlaScratch<T> scratch(arena, args, grid);
+  const LiteMlaScratch<T> scratch(arena, args, grid);
   const int64_t ld = scratch.ld;
   T *k_column = scratch.column[0], *v_column = scratch.column[1], *k_row = scratch.k_row, *sum = scratch.matrix[0];
   const auto k = lite_mla_part<S>(args, b, g, kK);
   const auto v = lite_mla_part<S>(args, b, g, kV);
-  const AggregateScale* scale = load_part_weights<S>(args, g, kK, scratch.weights_k);
-  load_part_weights<S>(args, g, kV, scratch.weights_v);
   clear_matrix(sum, D, ld);
   // A last row of ones in v sums k' beside v k'^T.
   for (int64_t i = 0; i < kAggregateTokens; ++i) v_column[D * kAggregateLd + i] = T(1);
@@ -91,12 +87,12 @@ static void lite_mla_state_kernel(const LiteMlaArgs& args, const TileGrid& grid,
   for (int64_t tile = tile0; tile < tile1; ++tile) {
     const Region region = grid.region(tile);
     const int64_t count = region.tokens();
-    if (scale) {
-      filter_part(args, k, *scale, region, scratch.weights_k, scratch, k_column);
-      product<T, 1, false>(count, D, D, k_column, kAggregateLd, scratch.weights_k.pointwise_t, scratch.weights_k.ld,
-                           k_row, ld);
-      relu_tokens(k_row, ld, count, D, scratch.weights_k);
-      filter_part(args, v, *scale, region, scratch.weights_v, scratch, v_column);
+    if (scale_of(args, g)) {
+      const auto weights = part_weights<T>(args, g, kK);
+      filter_part<S>(args, k, region, weights, scratch, k_column);
+      product<T, 1, false>(count, D, D, k_column, kAggregateLd, weights.pointwise_t, weights.ld, k_row, ld);
+      relu_tokens(k_row, ld, count, D, weights.bias_or_null());
+      filter_part<S>(args, v, region, part_weights<T>(args, g, kV), scratch, v_column);
     } else {
       load_region<Load::kRelu>(k, D, region, W, k_column, kAggregateLd, scratch.row, ld);
       transpose(k_column, kAggregateLd, D, count, k_row, ld);
@@ -120,13 +116,13 @@ static void lite_mla_finish_kernel(const LiteMlaArgs& args, int64_t b, int64_t g
   const int64_t D = args.head_dim, K = args.width_k();
   const TileGrid grid(args.height, args.width, kAggregateTokens);
   Arena<T> arena(memory);
-  LiteMlaScratch<T> scratch(arena, args, grid);
+  const LiteMlaScratch<T> scratch(arena, args, grid);
   const int64_t ld = scratch.ld;
   T *raw = scratch.matrix[0], *state = scratch.matrix[1], *dense = lite_mla_state<T>(args, b, g);
   load_matrix(dense, D, raw, ld);
   const T* kv = raw;
-  if (load_part_weights<S>(args, g, kV, scratch.weights_v) != nullptr) {
-    const PartWeights<T>& weights = scratch.weights_v;
+  if (scale_of(args, g)) {
+    const auto weights = part_weights<T>(args, g, kV);
     product<T, 1, false>(D, D, D, weights.pointwise_t, weights.ld, raw, ld, state, ld);
     const T* z = raw + D * ld;
     if (weights.has_pointwise_bias) {
@@ -157,17 +153,17 @@ static void lite_mla_query_kernel(const LiteMlaArgs& args, const TileGrid& grid,
   using T = Compute<S>;
   const int64_t D = args.head_dim, K = args.width_k();
   Arena<T> arena(memory);
-  LiteMlaScratch<T> scratch(arena, args, grid);
+  const LiteMlaScratch<T> scratch(arena, args, grid);
   const int64_t ld = scratch.ld;
   T *q = scratch.column[0], *other = scratch.column[1], *state = scratch.matrix[0], *state_t = scratch.matrix[1];
   const auto part = lite_mla_part<S>(args, b, g, kQ);
   const Region region = grid.region(tile);
   const int64_t count = region.tokens();
-  if (const AggregateScale* scale = load_part_weights<S>(args, g, kQ, scratch.weights_k)) {
-    const PartWeights<T>& weights = scratch.weights_k;
-    filter_part(args, part, *scale, region, weights, scratch, other);
+  if (scale_of(args, g)) {
+    const auto weights = part_weights<T>(args, g, kQ);
+    filter_part<S>(args, part, region, weights, scratch, other);
     product<T, 1, false>(D, D, count, weights.pointwise_t, weights.ld, other, kAggregateLd, q, kAggregateLd);
-    relu_rows(q, kAggregateLd, D, count, weights.has_pointwise_bias ? weights.pointwise_bias : nullptr);
+    relu_rows(q, kAggregateLd, D, count, weights.bias_or_null());
   } else {
     load_region<Load::kRelu>(part, D, region, args.width, q, kAggregateLd, scratch.row, ld);
   }
@@ -193,7 +189,7 @@ static void lite_mla_query_kernel(const LiteMlaArgs& args, const TileGrid& grid,
 
 template <class S>
 static void lite_mla_project_kernel(const LiteMlaArgs& args, const TileGrid& grid, int64_t b, int64_t tile, int64_t p0,
-                                    int64_t p1, const void* packed_cols, void* memory) {
+                                    int64_t p1, const void* packed_rows, const void* packed_cols, void* memory) {
   using T = Compute<S>;
   const int64_t M = args.out_channels, K = args.width_k(), H = args.height, W = args.width;
   const Region region = grid.region(tile);
@@ -202,9 +198,8 @@ static void lite_mla_project_kernel(const LiteMlaArgs& args, const TileGrid& gri
   const Epilogue<S> epilogue{static_cast<const T*>(args.scale), static_cast<const T*>(args.shift), residual};
   const ImageWriter<S> writer(tokens_of<S>(args.y, H, W, b, 0), epilogue, region, W, first_row(M, p0), first_row(M, p1),
                               static_cast<T*>(memory));
-  const T* weight = static_cast<const T*>(args.folded ? args.folded : args.packed);
-  if (args.folded) weight += b * args.folded_numel;
-  multiply(weight, M, p0, p1, K, static_cast<const T*>(packed_cols), region.tokens(), writer);
+  multiply(static_cast<const T*>(packed_rows), M, p0, p1, K, static_cast<const T*>(packed_cols), region.tokens(),
+           writer);
   writer.finish();
 }
 

@@ -29,11 +29,12 @@ void check_image(const char* op, const char* arg, const Tensor& image, const Ten
 // Runs body(task, scratch) for the tiles of every part of every image, `tiles_per_task` at a time.
 template <class Body>
 void for_each_task(int64_t batch, int64_t parts, const TileGrid& grid, int64_t tiles_per_task, int64_t flops_per_tile,
-                   int64_t scratch_bytes, Body body) {
+                   int64_t scratch_bytes, Stage stage, Body body) {
   const int64_t chunks = (grid.tiles() + tiles_per_task - 1) / tiles_per_task;
   torch::stable::parallel_for(
       0, batch * parts * chunks, grain_size(flops_per_tile * tiles_per_task), [&](int64_t begin, int64_t end) {
         void* scratch = thread_scratch(scratch_bytes);
+        const StageTimer timer(stage);
         for (int64_t i = begin; i < end; ++i) {
           const int64_t chunk = i % chunks, part = i / chunks % parts, b = i / chunks / parts;
           const int64_t tile0 = grid.tiles() * chunk / chunks, tile1 = grid.tiles() * (chunk + 1) / chunks;
@@ -76,7 +77,10 @@ void reduce_tasks(const T* partial, int64_t batch, int64_t parts, int64_t chunks
 Aggregation::Aggregation(const char* op, const Tensor& like, int64_t channels, int64_t head_dim,
                          const std::vector<Tensor>& depthwise_weights, const std::vector<Tensor>& pointwise_weights,
                          const std::vector<Tensor>& depthwise_biases, const std::vector<Tensor>& pointwise_biases)
-    : head_dim_(head_dim), parts_(channels / head_dim), type_(storage_type(like, op, "qkv")) {
+    : head_dim_(head_dim),
+      parts_(channels / head_dim),
+      type_(storage_type(like, op, "qkv")),
+      kernels_(multiscale_aggregate_kernels_in_use(type_)) {
   const size_t scales = depthwise_weights.size();
   EVK_CHECK(pointwise_weights.size() == scales, op, "pointwise_weights", "as many as depthwise_weights",
             "another count");
@@ -95,7 +99,8 @@ Aggregation::Aggregation(const char* op, const Tensor& like, int64_t channels, i
               "pointwise_weights", "[channels, head_dim, 1, 1]", "another shape");
     depthwise_.push_back(torch::stable::contiguous(depthwise));
     pointwise_.push_back(torch::stable::contiguous(pointwise));
-    AggregateScale scale{depthwise.size(2), data_of(depthwise_[s]), data_of(pointwise_[s]), nullptr, nullptr, {}};
+    AggregateScale scale{
+        depthwise.size(2), data_of(depthwise_[s]), data_of(pointwise_[s]), nullptr, nullptr, {}, nullptr};
     if (!depthwise_biases.empty()) {
       check_weight(op, "depthwise_biases", depthwise_biases[s], like, channels);
       depthwise_bias_.push_back(torch::stable::contiguous(depthwise_biases[s]));
@@ -106,6 +111,15 @@ Aggregation::Aggregation(const char* op, const Tensor& like, int64_t channels, i
       pointwise_bias_.push_back(torch::stable::contiguous(pointwise_biases[s]));
       scale.pointwise_bias = data_of(pointwise_bias_[s]);
     }
+    prepared_.emplace_back(at_least(1, parts_ * kernels_.prepared_numel(head_dim, scale.size) * compute_bytes(like)));
+    scale.prepared = prepared_.back().data;
+    torch::stable::parallel_for(0, parts_, grain_size(16 * head_dim * (head_dim + scale.size * scale.size)),
+                                [&](int64_t begin, int64_t end) {
+                                  const StageTimer timer(Stage::kPackWeights);
+                                  for (int64_t part = begin; part < end; ++part) {
+                                    kernels_.prepare(scale, head_dim, part, prepared_.back().data);
+                                  }
+                                });
     scales_.push_back(scale);
   }
 }
@@ -132,10 +146,11 @@ std::vector<Tensor> Aggregation::forward(const Tensor& qkv) const {
   if (qkv.numel() == 0 || scales.empty()) return outs;
   const MultiscaleAggregateArgs args = args_for(qkv, scales);
   const TileGrid grid(args.height, args.width, kAggregateTokens);
-  const MultiscaleAggregateKernels kernels = multiscale_aggregate_kernels_in_use(type_);
-  for_each_task(
-      qkv.size(0), parts_, grid, 1, flops_per_token(args) * kAggregateTokens, kernels.forward_bytes(args, grid),
-      [&](const MultiscaleAggregateTask& task, int64_t, void* scratch) { kernels.forward(args, grid, task, scratch); });
+  for_each_task(qkv.size(0), parts_, grid, 1, flops_per_token(args) * kAggregateTokens,
+                kernels_.forward_bytes(args, grid), Stage::kAggregate,
+                [&](const MultiscaleAggregateTask& task, int64_t, void* scratch) {
+                  kernels_.forward(args, grid, task, scratch);
+                });
   return outs;
 }
 
@@ -149,7 +164,6 @@ Aggregation::Grads Aggregation::backward(const std::vector<Tensor>& grad_outs, c
   args.accumulate = accumulate;
   args.needs_weights = needs_weights || needs_biases;
   const TileGrid grid(args.height, args.width, kAggregateGradTokens);
-  const MultiscaleAggregateKernels kernels = multiscale_aggregate_kernels_in_use(type_);
   const bool empty = qkv.numel() == 0;
   const int64_t batch = empty ? 0 : qkv.size(0), stride = args.grad_numel();
   const int64_t tiles_per_task = at_least(1, kAggregateGradTokensPerTask / kAggregateGradTokens);
@@ -158,9 +172,10 @@ Aggregation::Grads Aggregation::backward(const std::vector<Tensor>& grad_outs, c
   const Buffer partial(at_least(1, args.needs_weights ? batch * parts_ * chunks * stride * bytes : 0));
   if (!empty && !scales.empty()) {
     for_each_task(batch, parts_, grid, tiles_per_task, 4 * flops_per_token(args) * kAggregateGradTokens,
-                  kernels.backward_bytes(args, grid), [&](MultiscaleAggregateTask task, int64_t i, void* scratch) {
+                  kernels_.backward_bytes(args, grid), Stage::kAggregateBackward,
+                  [&](MultiscaleAggregateTask task, int64_t i, void* scratch) {
                     task.grads = static_cast<char*>(partial.data) + i * stride * bytes;
-                    kernels.backward(args, grid, task, scratch);
+                    kernels_.backward(args, grid, task, scratch);
                   });
   }
 

@@ -18,6 +18,7 @@ struct AggregateScale {
   // Dense, of the storage type; a bias is null where there is none.
   const void *depthwise, *pointwise, *depthwise_bias, *pointwise_bias;  // [3T, size * size], [3T, D], [3T], [3T]
   ImageTensor out;                                                      // [B, 3T, H, W]; the backward reads grad_out
+  const void* prepared;  // the weights in the compute type, prepared_numel values for each part
 
   int64_t pad() const { return size / 2; }
   // Values that the gradients of one part's weights take: pointwise, depthwise, both biases.
@@ -58,6 +59,9 @@ struct MultiscaleAggregateKernels {
   using Bytes = int64_t (*)(const MultiscaleAggregateArgs&, const TileGrid&);
   Kernel forward, backward;
   Bytes forward_bytes, backward_bytes;
+  // Writes one part's weights as the kernels read them.
+  void (*prepare)(const AggregateScale&, int64_t head_dim, int64_t part, void* prepared);
+  int64_t (*prepared_numel)(int64_t head_dim, int64_t size);
 };
 
 EVK_DECLARE_KERNELS(MultiscaleAggregateKernels, multiscale_aggregate_kernels)

@@ -13,51 +13,53 @@ inline constexpr int kAggregateLd = static_cast<int>(kAggregateTokens) + 16;
 // Rows of a part's tiles and matrices: whole vectors, and whole blocks of transpose_lanes_by_4.
 static inline int64_t padded_dim(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
-// The weights of one part and scale, in the compute type.
+// The weights of one part and scale in the compute type, as prepare_part leaves them in memory.
 template <class T>
 struct PartWeights {
-  PartWeights(Arena<T>& arena, int64_t head_dim, int64_t max_size) : D(head_dim), ld(padded_dim(head_dim)) {
-    depthwise = arena.take(D * max_size * max_size);
+  PartWeights(T* memory, int64_t head_dim, int64_t size) : D(head_dim), ld(padded_dim(head_dim)), size(size) {
+    Arena<T> arena(memory);
+    depthwise = arena.take(D * size * size);
     depthwise_bias = arena.take(ld);
     pointwise = arena.take(ld * ld);
     pointwise_t = arena.take(ld * ld);
     pointwise_bias = arena.take(ld);
+    numel = arena.used;
   }
-
-  template <class S>
-  void load(const AggregateScale& scale, int64_t part) {
-    size = scale.size;
-    const int64_t taps = size * size, first = part * D;
-    convert(static_cast<const S*>(scale.depthwise) + first * taps, D * taps, depthwise);
-    for (int64_t o = 0; o < D; ++o) {
-      convert(static_cast<const S*>(scale.pointwise) + (first + o) * D, D, pointwise + o * ld);
-      for (int64_t i = 0; i < D; ++i) pointwise_t[i * ld + o] = pointwise[o * ld + i];
-    }
+  PartWeights(const AggregateScale& scale, int64_t head_dim, int64_t part)
+      : PartWeights(nullptr, head_dim, scale.size) {
+    *this = PartWeights(static_cast<T*>(const_cast<void*>(scale.prepared)) + part * numel, head_dim, size);
     has_pointwise_bias = scale.pointwise_bias != nullptr;
-    load_bias<S>(scale.depthwise_bias, first, depthwise_bias);
-    load_bias<S>(scale.pointwise_bias, first, pointwise_bias);
-  }
-
-  template <class S>
-  void load_bias(const void* bias, int64_t first, T* out) {
-    if (bias) {
-      convert(static_cast<const S*>(bias) + first, D, out);
-    } else {
-      clear(out, D);
-    }
-  }
-
-  template <class S>
-  static void convert(const S* src, int64_t count, T* out) {
-    for (int64_t i = 0; i < count; ++i) out[i] = to_compute(src[i]);
   }
 
   const T* taps(int64_t channel) const { return depthwise + channel * size * size; }
+  const T* bias_or_null() const { return has_pointwise_bias ? pointwise_bias : nullptr; }
 
-  int64_t D, ld, size = 0;
+  int64_t D, ld, size, numel = 0;
   bool has_pointwise_bias = false;
   T *depthwise, *depthwise_bias, *pointwise, *pointwise_t, *pointwise_bias;
 };
+
+template <class S>
+static void prepare_part(const AggregateScale& scale, int64_t head_dim, int64_t part, void* prepared) {
+  using T = Compute<S>;
+  const int64_t D = head_dim, taps = scale.size * scale.size, first = part * D;
+  T* base = static_cast<T*>(prepared);
+  const PartWeights<T> out(base + part * PartWeights<T>(nullptr, D, scale.size).numel, D, scale.size);
+  clear(out.depthwise, out.numel);
+  const S* depthwise = static_cast<const S*>(scale.depthwise) + first * taps;
+  const S* pointwise = static_cast<const S*>(scale.pointwise) + first * D;
+  for (int64_t i = 0; i < D * taps; ++i) out.depthwise[i] = to_compute(depthwise[i]);
+  for (int64_t o = 0; o < D; ++o) {
+    for (int64_t i = 0; i < D; ++i) out.pointwise[o * out.ld + i] = to_compute(pointwise[o * D + i]);
+    for (int64_t i = 0; i < D; ++i) out.pointwise_t[i * out.ld + o] = out.pointwise[o * out.ld + i];
+  }
+  for (int64_t i = 0; i < D; ++i) {
+    if (scale.depthwise_bias)
+      out.depthwise_bias[i] = to_compute(static_cast<const S*>(scale.depthwise_bias)[first + i]);
+    if (scale.pointwise_bias)
+      out.pointwise_bias[i] = to_compute(static_cast<const S*>(scale.pointwise_bias)[first + i]);
+  }
+}
 
 static inline int64_t max_tile_rows(const TileGrid& grid) {
   return (grid.height + grid.down_rows - 1) / grid.down_rows;
@@ -81,7 +83,7 @@ static void depthwise_part(const Planes<S, T>& planes, const Region& region, con
 template <class T>
 struct AggregateScratch {
   AggregateScratch(Arena<T>& arena, const MultiscaleAggregateArgs& args, const TileGrid& grid)
-      : weights(arena, args.head_dim, 2 * args.max_pad() + 1), ld_row(padded_dim(args.head_dim)) {
+      : ld_row(padded_dim(args.head_dim)) {
     const int64_t rows = max_tile_rows(grid), cols = max_tile_cols(grid), pad = args.max_pad();
     planes = arena.take(Planes<T, T>::numel(args.head_dim, rows, cols, pad));
     row = arena.take((at_least(kTileTokens, cols + 2 * pad) + 16) * ld_row);
@@ -89,7 +91,6 @@ struct AggregateScratch {
     out = arena.take((ld_row + 1) * kAggregateLd);
   }
 
-  PartWeights<T> weights;
   int64_t ld_row;
   T *planes, *row, *filtered, *out;
 };
@@ -100,21 +101,21 @@ static void aggregate_kernel(const MultiscaleAggregateArgs& args, const TileGrid
   using T = Compute<S>;
   const int64_t D = args.head_dim, H = args.height, W = args.width;
   Arena<T> arena(memory);
-  AggregateScratch<T> scratch(arena, args, grid);
+  const AggregateScratch<T> scratch(arena, args, grid);
   const auto qkv = tokens_of<const S>(args.qkv, H, W, task.b, task.part * D);
   for (int64_t s = 0; s < args.num_scales; ++s) {
     const AggregateScale& scale = args.scales[s];
-    scratch.weights.template load<S>(scale, task.part);
+    const PartWeights<T> weights(scale, D, task.part);
     const auto out = tokens_of<S>(scale.out, H, W, task.b, task.part * D);
     for (int64_t tile = task.tile0; tile < task.tile1; ++tile) {
       const Region region = grid.region(tile);
       const Planes<S, T> planes(qkv, D, region, scale.pad(), H, W, scratch.planes, scratch.row, scratch.ld_row);
-      depthwise_part(planes, region, scratch.weights, scratch.filtered, kAggregateLd);
-      product<T, 1, false>(D, D, region.tokens(), scratch.weights.pointwise_t, scratch.weights.ld, scratch.filtered,
-                           kAggregateLd, scratch.out, kAggregateLd);
+      depthwise_part(planes, region, weights, scratch.filtered, kAggregateLd);
+      product<T, 1, false>(D, D, region.tokens(), weights.pointwise_t, weights.ld, scratch.filtered, kAggregateLd,
+                           scratch.out, kAggregateLd);
       if (scale.pointwise_bias) {
         for (int64_t o = 0; o < D; ++o) {
-          add_to_row(scratch.out + o * kAggregateLd, region.tokens(), scratch.weights.pointwise_bias[o]);
+          add_to_row(scratch.out + o * kAggregateLd, region.tokens(), weights.pointwise_bias[o]);
         }
       }
       store_region(scratch.out, kAggregateLd, out, D, region, W, scratch.row, scratch.ld_row);
@@ -132,7 +133,7 @@ static void aggregate_kernel(const MultiscaleAggregateArgs& args, const TileGrid
 template <class T>
 struct AggregateGradScratch {
   AggregateGradScratch(Arena<T>& arena, const MultiscaleAggregateArgs& args, const TileGrid& grid)
-      : weights(arena, args.head_dim, 2 * args.max_pad() + 1), ld_row(padded_dim(args.head_dim)) {
+      : ld_row(padded_dim(args.head_dim)) {
     const int64_t rows = max_tile_rows(grid), cols = max_tile_cols(grid), pad = args.max_pad();
     const int64_t size = 2 * pad + 1;
     tokens = rows * cols;
@@ -156,7 +157,6 @@ struct AggregateGradScratch {
     sums = arena.take(sums_numel);
   }
 
-  PartWeights<T> weights;
   int64_t ld_row, tokens, ld, ld_halo;
   T *flipped, *planes, *plane, *row, *grad_out, *grad_filtered, *filtered, *grad, *grad_one, *rows_out, *rows_filtered,
       *sums;
@@ -243,8 +243,7 @@ static void aggregate_grad_kernel(const MultiscaleAggregateArgs& args, const Til
   using T = Compute<S>;
   const int64_t D = args.head_dim, H = args.height, W = args.width;
   Arena<T> arena(memory);
-  AggregateGradScratch<T> scratch(arena, args, grid);
-  PartWeights<T>& weights = scratch.weights;
+  const AggregateGradScratch<T> scratch(arena, args, grid);
   const int64_t ld = scratch.ld, ld_halo = scratch.ld_halo, ld_row = scratch.ld_row;
   const auto qkv = tokens_of<const S>(args.qkv, H, W, task.b, task.part * D);
   const bool needs_qkv = args.grad_qkv.data != nullptr;
@@ -268,7 +267,7 @@ static void aggregate_grad_kernel(const MultiscaleAggregateArgs& args, const Til
       const int64_t pad = scale.pad(), size = scale.size;
       PartSums<T> sums(sums_memory, D, size);
       sums_memory += sums.numel();
-      weights.template load<S>(scale, task.part);
+      const PartWeights<T> weights(scale, D, task.part);
       const Region halo = halo_of(region, pad, H, W);
       const auto grad_out = tokens_of<const S>(scale.out, H, W, task.b, task.part * D);
       load_region<Load::kPlain>(grad_out, D, halo, W, scratch.grad_out, ld_halo, scratch.row, ld_row);
@@ -321,8 +320,13 @@ static int64_t aggregate_scratch_bytes(const MultiscaleAggregateArgs& args, cons
 
 template <class S>
 static MultiscaleAggregateKernels aggregate_kernels_for() {
-  return {aggregate_kernel<S>, aggregate_grad_kernel<S>, aggregate_scratch_bytes<S, AggregateScratch>,
-          aggregate_scratch_bytes<S, AggregateGradScratch>};
+  return {
+      aggregate_kernel<S>,
+      aggregate_grad_kernel<S>,
+      aggregate_scratch_bytes<S, AggregateScratch>,
+      aggregate_scratch_bytes<S, AggregateGradScratch>,
+      prepare_part<S>,
+      [](int64_t head_dim, int64_t size) -> int64_t { return PartWeights<Compute<S>>(nullptr, head_dim, size).numel; }};
 }
 
 MultiscaleAggregateKernels multiscale_aggregate_kernels(StorageType type) {

@@ -34,8 +34,10 @@ class Aggregation {
 
   std::vector<Tensor> depthwise_, pointwise_, depthwise_bias_, pointwise_bias_;
   std::vector<AggregateScale> scales_;
+  std::vector<Buffer> prepared_;
   int64_t head_dim_, parts_;
   StorageType type_;
+  MultiscaleAggregateKernels kernels_;
 };
 
 }  // namespace efficientvit_kernels::cpu

@@ -14,8 +14,8 @@ namespace {
 // cache.
 constexpr int64_t kBlockBytes = 256 << 10;
 constexpr int64_t kMaxBlockColumns = 256;
-// Below this many blocks of columns, the rows are split, too.
-constexpr int64_t kEnoughTasks = 8;
+// Up to this size all columns of a batch make one block.
+constexpr int64_t kStreamBytes = 1 << 20;
 constexpr int64_t kGradChunk = 512;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -44,8 +44,7 @@ static ImageTensor dense_image_of(const Tensor& t) {
   return {data_of(t), C * H * W, H * W, W, 1};
 }
 
-Buffer pack_weight(const PointwiseWeight& weight, StorageType type, const void* in_scale) {
-  const PointwiseKernels kernels = pointwise_kernels_in_use(type);
+static PointwiseArgs args_of(const PointwiseWeight& weight, const void* in_scale) {
   PointwiseArgs args{};
   args.weight = weight.data;
   args.stride_m = weight.stride_m;
@@ -53,50 +52,85 @@ Buffer pack_weight(const PointwiseWeight& weight, StorageType type, const void* 
   args.out_channels = weight.out_channels;
   args.in_channels = weight.in_channels;
   args.in_scale = in_scale;
-  const int64_t bytes = type == StorageType::kDouble ? 8 : 4;
-  Buffer packed(at_least(1, kernels.packed_rows_numel(args.out_channels, args.in_channels) * bytes));
-  args.packed = packed.data;
-  torch::stable::parallel_for(0, ceil_div(args.out_channels, kernels.panel_rows),
-                              grain_size(kernels.panel_rows * args.in_channels * 16),
-                              [&](int64_t begin, int64_t end) { kernels.pack(args, begin, end); });
-  return packed;
+  return args;
 }
 
-void pointwise(const Tensor& in, const PointwiseWeight& weight, const PointwiseEpilogue& epilogue, const Tensor& out) {
+PackedWeight::PackedWeight(const PointwiseWeight& weight, StorageType type, const void* in_scale)
+    : args_(args_of(weight, in_scale)),
+      kernels_(pointwise_kernels_in_use(type)),
+      bytes_(type == StorageType::kDouble ? 8 : 4),
+      panels_(ceil_div(weight.out_channels, kernels_.panel_rows)),
+      panel_bytes_(kernels_.packed_rows_numel(kernels_.panel_rows, weight.in_channels) * bytes_),
+      buffer_(1) {}
+
+void PackedWeight::pack_all() {
+  buffer_ = Buffer(at_least(1, panels_ * panel_bytes_));
+  torch::stable::parallel_for(0, panels_, grain_size(kernels_.panel_rows * args_.in_channels * 16),
+                              [&](int64_t begin, int64_t end) {
+                                const StageTimer timer(Stage::kPackWeights);
+                                pack(begin, end, at(begin));
+                              });
+}
+
+void PackedWeight::pack(int64_t p0, int64_t p1, void* into) const {
+  kernels_.pack_rows(args_, {0, p0, p1, 0, 0, into, nullptr});
+}
+
+void pointwise(const Tensor& in, const PointwiseWeight& weight, const PointwiseEpilogue& epilogue, const Tensor& out,
+               Stage stage) {
   const StorageType type = storage_type(in, "pointwise", "in");
   const PointwiseKernels kernels = pointwise_kernels_in_use(type);
-  const int64_t batch = in.size(0), tokens = in.size(2) * in.size(3);
+  const int64_t batch = in.size(0), tokens = in.size(2) * in.size(3), bytes = compute_bytes(in);
   if (batch == 0 || tokens == 0 || weight.out_channels == 0) return;
-  PointwiseArgs args{};
+  PointwiseArgs args = args_of(weight, epilogue.in_scale);
   args.in = dense_image_of(in);
   args.out = dense_image_of(out);
   if (epilogue.residual != nullptr) args.residual = dense_image_of(*epilogue.residual);
   args.scale = epilogue.scale;
   args.shift = epilogue.shift;
-  args.out_channels = weight.out_channels;
-  args.in_channels = weight.in_channels;
   args.height = in.size(2);
   args.width = in.size(3);
-  const Buffer packed = pack_weight(weight, type, epilogue.in_scale);
-  args.packed = packed.data;
+  PackedWeight packed(weight, type, epilogue.in_scale);
 
-  const int64_t rows = ceil_div(args.out_channels, kernels.panel_rows), cols = ceil_div(tokens, kernels.panel_cols);
-  int64_t per_block = kBlockBytes / (at_least(1, args.in_channels) * compute_bytes(in) * kernels.panel_cols);
-  const int64_t most = kMaxBlockColumns / kernels.panel_cols;
-  per_block = at_least(1, per_block < most ? per_block : most);
-  const int64_t blocks = ceil_div(cols, per_block);
-  int64_t splits = batch * blocks >= kEnoughTasks ? 1 : ceil_div(kEnoughTasks, batch * blocks);
-  if (splits > ceil_div(rows, 4)) splits = ceil_div(rows, 4);
-  const int64_t block_cols = ceil_div(cols, blocks) * kernels.panel_cols;
-  const int64_t flops = 2 * block_cols * args.in_channels * ceil_div(args.out_channels, splits);
-  torch::stable::parallel_for(0, batch * blocks * splits, grain_size(flops), [&](int64_t begin, int64_t end) {
-    void* scratch = thread_scratch(kernels.scratch_bytes(args, block_cols, ceil_div(rows, splits)));
+  const int64_t rows = packed.panels(), cols = ceil_div(tokens, kernels.panel_cols);
+  const int64_t panel_bytes = kernels.packed_cols_numel(kernels.panel_cols, args.in_channels) * bytes;
+  if (batch * cols * panel_bytes <= kStreamBytes) {
+    // All columns are packed at once, and stay in a second-level cache while the weights stream through, once.
+    const Buffer packed_cols(at_least(1, batch * cols * panel_bytes));
+    auto cols_of = [&](int64_t i) { return static_cast<char*>(packed_cols.data) + i * panel_bytes; };
+    const int64_t scratch_bytes = kernels.scratch_bytes(cols * kernels.panel_cols, kStreamPanels);
+    torch::stable::parallel_for(
+        0, batch * cols, grain_size(args.in_channels * kernels.panel_cols * 8), [&](int64_t begin, int64_t end) {
+          void* scratch = thread_scratch(scratch_bytes);
+          const StageTimer timer(stage);
+          for (int64_t i = begin; i < end; ++i) {
+            kernels.pack_cols(args, {i / cols, 0, 0, i % cols, i % cols + 1, nullptr, cols_of(i)}, scratch);
+          }
+        });
+    packed.for_each_group(grain_size(2 * batch * tokens * args.in_channels * kernels.panel_rows * kStreamPanels),
+                          scratch_bytes, stage, [&](int64_t p0, int64_t p1, void* rows_packed, void* scratch) {
+                            for (int64_t b = 0; b < batch; ++b) {
+                              kernels.multiply(args, {b, p0, p1, 0, cols, rows_packed, cols_of(b * cols)}, scratch);
+                            }
+                          });
+    return;
+  }
+  packed.pack_all();
+  const int64_t most = kMaxBlockColumns / kernels.panel_cols, wanted = kBlockBytes / panel_bytes;
+  const int64_t blocks = ceil_div(cols, at_least(1, wanted < most ? wanted : most));
+  const int64_t block_cols = ceil_div(cols, blocks);
+  const int64_t packed_bytes = (block_cols * panel_bytes + 63) / 64 * 64;
+  const int64_t scratch_bytes = kernels.scratch_bytes(block_cols * kernels.panel_cols, rows);
+  const int64_t flops = 2 * block_cols * kernels.panel_cols * args.in_channels * args.out_channels;
+  torch::stable::parallel_for(0, batch * blocks, grain_size(flops), [&](int64_t begin, int64_t end) {
+    char* packed_cols = static_cast<char*>(thread_scratch(packed_bytes + scratch_bytes));
+    const StageTimer timer(stage);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t split = i % splits, block = i / splits % blocks, b = i / splits / blocks;
-      kernels.multiply(
-          args,
-          {b, rows * split / splits, rows * (split + 1) / splits, cols * block / blocks, cols * (block + 1) / blocks},
-          scratch);
+      const int64_t block = i % blocks, b = i / blocks;
+      const PointwiseTask task{b,          0, rows, cols * block / blocks, cols * (block + 1) / blocks, packed.at(0),
+                               packed_cols};
+      kernels.pack_cols(args, task, packed_cols + packed_bytes);
+      kernels.multiply(args, task, packed_cols + packed_bytes);
     }
   });
 }
@@ -132,13 +166,17 @@ WeightGrad pointwise_weight_grad(const Tensor& grad_out, const Tensor& in) {
       const int64_t cost = 16 * args.count;
       torch::stable::parallel_for(0, rows + cols, grain_size(cost * kernels.panel_cols),
                                   [&](int64_t begin, int64_t end) {
+                                    const StageTimer timer(Stage::kWeightGrad);
                                     if (begin < rows) kernels.pack_grad(args, begin, end < rows ? end : rows);
                                     if (end <= rows) return;
                                     void* scratch = thread_scratch(kernels.scratch_numel * bytes);
                                     kernels.pack_in(args, at_least(begin, rows) - rows, end - rows, scratch);
                                   });
       torch::stable::parallel_for(0, rows, grain_size(2 * args.count * ld * kernels.panel_rows),
-                                  [&](int64_t begin, int64_t end) { kernels.accumulate(args, begin, end); });
+                                  [&](int64_t begin, int64_t end) {
+                                    const StageTimer timer(Stage::kWeightGrad);
+                                    kernels.accumulate(args, begin, end);
+                                  });
       args.first = false;
     }
   }

@@ -18,12 +18,12 @@ struct PointwiseArgs {
   ImageTensor in, out, residual;  // out and residual: NCHW or channels_last, both the same; residual.data may be null
   const void *in_scale, *scale, *shift;  // compute type, or null
   int64_t out_channels, in_channels, height, width;
-  void* packed;  // compute type, packed_rows_numel values
 };
 
-// Row panels [p0, p1) of the weight; column panels [q0, q1) of image b.
+// Row panels [p0, p1) of the weight; column panels [q0, q1) of image b; and where they lie when packed.
 struct PointwiseTask {
   int64_t b, p0, p1, q0, q1;
+  void *packed_rows, *packed_cols;
 };
 
 // One chunk of tokens of one image, for the weight gradient.
@@ -37,9 +37,10 @@ struct PointwiseGradArgs {
 };
 
 struct PointwiseKernels {
-  void (*pack)(const PointwiseArgs&, int64_t p0, int64_t p1);
+  void (*pack_rows)(const PointwiseArgs&, const PointwiseTask&);
+  void (*pack_cols)(const PointwiseArgs&, const PointwiseTask&, void* scratch);
   void (*multiply)(const PointwiseArgs&, const PointwiseTask&, void* scratch);
-  int64_t (*scratch_bytes)(const PointwiseArgs&, int64_t cols, int64_t row_panels);
+  int64_t (*scratch_bytes)(int64_t cols, int64_t row_panels);  // for pack_cols and multiply
   void (*pack_grad)(const PointwiseGradArgs&, int64_t p0, int64_t p1);
   void (*pack_in)(const PointwiseGradArgs&, int64_t q0, int64_t q1, void* scratch);
   void (*accumulate)(const PointwiseGradArgs&, int64_t p0, int64_t p1);

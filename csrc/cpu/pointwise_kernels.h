@@ -7,55 +7,46 @@
 namespace efficientvit_kernels::cpu::EVK_ISA {
 
 template <class S>
-static void pointwise_pack_kernel(const PointwiseArgs& args, int64_t p0, int64_t p1) {
+static void pointwise_pack_rows_kernel(const PointwiseArgs& args, const PointwiseTask& task) {
   using T = Compute<S>;
-  pack_rows(static_cast<const S*>(args.weight), args.stride_m, args.stride_k, args.out_channels, args.in_channels, p0,
-            p1, static_cast<const T*>(args.in_scale), static_cast<T*>(args.packed));
+  pack_rows(static_cast<const S*>(args.weight), args.stride_m, args.stride_k, args.out_channels, args.in_channels,
+            task.p0, task.p1, static_cast<const T*>(args.in_scale), static_cast<T*>(task.packed_rows));
 }
 
+// The tokens of a task's column panels, as a run: one "row" of an image that is one row high.
 template <class T>
-struct PointwiseScratch {
-  PointwiseScratch(Arena<T>& arena, int64_t depth, int64_t cols, int64_t writer_numel) {
-    packed_cols = arena.take(packed_cols_numel<T>(cols, depth));
-    row_tile = arena.take(pack_cols_scratch<T>());
-    writer = arena.take(writer_numel);
-  }
-  T *packed_cols, *row_tile, *writer;
-};
-
-template <class S>
-static int64_t pointwise_scratch_bytes(const PointwiseArgs& args, int64_t cols, int64_t row_panels) {
-  using T = Compute<S>;
-  Arena<T> arena(nullptr);
-  const PointwiseScratch<T> scratch(arena, args.in_channels, cols,
-                                    ImageWriter<S>::scratch_numel(row_panels * kPanelRows, cols));
-  return arena.used * static_cast<int64_t>(sizeof(T));
+static Region tokens_of_panels(const PointwiseArgs& args, const PointwiseTask& task) {
+  const int64_t tokens = args.height * args.width, end = task.q1 * kPanelCols<T>;
+  return {0, 1, task.q0 * kPanelCols<T>, end < tokens ? end : tokens};
 }
 
 template <class S>
-static Epilogue<S> epilogue_of(const PointwiseArgs& args, int64_t b) {
+static void pointwise_pack_cols_kernel(const PointwiseArgs& args, const PointwiseTask& task, void* scratch) {
   using T = Compute<S>;
+  const Region run = tokens_of_panels<T>(args, task);
+  pack_cols(tokens_of<const S>(args.in, args.height, args.width, task.b, 0), args.in_channels, run.c0, run.cols(),
+            static_cast<T*>(task.packed_cols), static_cast<T*>(scratch));
+}
+
+template <class S>
+static int64_t pointwise_scratch_bytes(int64_t cols, int64_t row_panels) {
+  using T = Compute<S>;
+  return at_least(pack_cols_scratch<T>(), ImageWriter<S>::scratch_numel(row_panels * kPanelRows, cols)) *
+         static_cast<int64_t>(sizeof(T));
+}
+
+template <class S>
+static void pointwise_kernel(const PointwiseArgs& args, const PointwiseTask& task, void* scratch) {
+  using T = Compute<S>;
+  const int64_t M = args.out_channels, H = args.height, W = args.width;
+  const Region run = tokens_of_panels<T>(args, task);
   Tokens<const S> residual{nullptr, 0, 0, 0, 0};
-  if (args.residual.data) residual = tokens_of<const S>(args.residual, args.height, args.width, b, 0);
-  return {static_cast<const T*>(args.scale), static_cast<const T*>(args.shift), residual};
-}
-
-template <class S>
-static void pointwise_kernel(const PointwiseArgs& args, const PointwiseTask& task, void* memory) {
-  using T = Compute<S>;
-  const int64_t tokens = args.height * args.width, M = args.out_channels, K = args.in_channels;
-  const int64_t n0 = task.q0 * kPanelCols<T>;
-  const int64_t n1 = task.q1 * kPanelCols<T> < tokens ? task.q1 * kPanelCols<T> : tokens;
-  const int64_t m0 = first_row(M, task.p0), m1 = first_row(M, task.p1);
-  Arena<T> arena(memory);
-  const PointwiseScratch<T> scratch(arena, K, n1 - n0, ImageWriter<S>::scratch_numel(m1 - m0, n1 - n0));
-  pack_cols(tokens_of<const S>(args.in, args.height, args.width, task.b, 0), K, n0, n1 - n0, scratch.packed_cols,
-            scratch.row_tile);
-  // The block is a run of tokens: one "row" of an image that is one row high.
-  const Region run{0, 1, n0, n1};
-  const auto out = tokens_of<S>(args.out, args.height, args.width, task.b, 0);
-  const ImageWriter<S> writer(out, epilogue_of<S>(args, task.b), run, tokens, m0, m1, scratch.writer);
-  multiply(static_cast<const T*>(args.packed), M, task.p0, task.p1, K, scratch.packed_cols, n1 - n0, writer);
+  if (args.residual.data) residual = tokens_of<const S>(args.residual, H, W, task.b, 0);
+  const Epilogue<S> epilogue{static_cast<const T*>(args.scale), static_cast<const T*>(args.shift), residual};
+  const ImageWriter<S> writer(tokens_of<S>(args.out, H, W, task.b, 0), epilogue, run, H * W, first_row(M, task.p0),
+                              first_row(M, task.p1), static_cast<T*>(scratch));
+  multiply(static_cast<const T*>(task.packed_rows), M, task.p0, task.p1, args.in_channels,
+           static_cast<const T*>(task.packed_cols), run.cols(), writer);
   writer.finish();
 }
 
@@ -66,7 +57,8 @@ static void pointwise_pack_grad_kernel(const PointwiseGradArgs& args, int64_t p0
   using T = Compute<S>;
   const ImageTensor& g = args.grad_out;
   pack_rows<S, T>(static_cast<const S*>(g.data) + args.b * g.stride_b + args.n0 * g.stride_w, g.stride_c, g.stride_w,
-                  args.out_channels, args.count, p0, p1, nullptr, static_cast<T*>(args.packed_grad));
+                  args.out_channels, args.count, p0, p1, nullptr,
+                  static_cast<T*>(args.packed_grad) + p0 * panel_depth(args.count) * kPanelLd);
 }
 
 // Column panels of `in`, transposed: its tokens are the rows of B, its channels the columns.
@@ -87,8 +79,8 @@ static void pointwise_accumulate_kernel(const PointwiseGradArgs& args, int64_t p
   using T = Compute<S>;
   const int64_t ld = col_panels<T>(args.in_channels) * kPanelCols<T>;
   T* grad = static_cast<T*>(args.grad_weight);
-  multiply(static_cast<const T*>(args.packed_grad), args.out_channels, p0, p1, args.count,
-           static_cast<const T*>(args.packed_in), args.in_channels,
+  multiply(static_cast<const T*>(args.packed_grad) + p0 * panel_depth(args.count) * kPanelLd, args.out_channels, p0, p1,
+           args.count, static_cast<const T*>(args.packed_in), args.in_channels,
            [&](int64_t i0, int64_t rows, int64_t n, int64_t cols, const T* block) {
              for (int64_t i = 0; i < rows; ++i, block += kPanelCols<T>) {
                T* out = grad + (i0 + i) * ld + n;
@@ -104,7 +96,8 @@ static void pointwise_accumulate_kernel(const PointwiseGradArgs& args, int64_t p
 template <class S>
 static PointwiseKernels pointwise_kernels_for() {
   using T = Compute<S>;
-  return {pointwise_pack_kernel<S>,
+  return {pointwise_pack_rows_kernel<S>,
+          pointwise_pack_cols_kernel<S>,
           pointwise_kernel<S>,
           pointwise_scratch_bytes<S>,
           pointwise_pack_grad_kernel<S>,

@@ -28,11 +28,51 @@ struct PointwiseEpilogue {
   const Tensor* residual = nullptr;                                    // dense, of out's memory format
 };
 
-// Row panels of the weight, packed by all threads.
-Buffer pack_weight(const PointwiseWeight& weight, StorageType type, const void* in_scale);
+// Row panels that one task packs and uses when weights stream through.
+inline constexpr int64_t kStreamPanels = 4;
+
+// A weight as row panels for a product: packed all at once, or a few panels at a time by the thread that uses them.
+class PackedWeight {
+ public:
+  // in_scale: as in PointwiseEpilogue.
+  PackedWeight(const PointwiseWeight& weight, StorageType type, const void* in_scale);
+
+  int64_t panels() const { return panels_; }
+  // By all threads; `at` then tells where a panel lies.
+  void pack_all();
+  char* at(int64_t panel) const { return static_cast<char*>(buffer_.data) + panel * panel_bytes_; }
+
+  // Calls body(p0, p1, packed panels, scratch) for groups of panels, in parallel.
+  template <class Body>
+  void for_each_group(int64_t grain, int64_t scratch_bytes, Stage stage, Body body) const {
+    const int64_t groups = (panels_ + kStreamPanels - 1) / kStreamPanels;
+    const int64_t packed_bytes = (kStreamPanels * panel_bytes_ + 63) / 64 * 64;
+    torch::stable::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
+      char* packed = static_cast<char*>(thread_scratch(packed_bytes + scratch_bytes));
+      for (int64_t group = begin; group < end; ++group) {
+        const int64_t p0 = panels_ * group / groups, p1 = panels_ * (group + 1) / groups;
+        {
+          const StageTimer timer(Stage::kPackWeights);
+          pack(p0, p1, packed);
+        }
+        const StageTimer timer(stage);
+        body(p0, p1, packed, packed + packed_bytes);
+      }
+    });
+  }
+
+ private:
+  void pack(int64_t p0, int64_t p1, void* into) const;
+
+  PointwiseArgs args_;
+  PointwiseKernels kernels_;
+  int64_t bytes_, panels_, panel_bytes_;
+  Buffer buffer_;
+};
 
 // out = weight . in, see pointwise.h. `in` and `out` are dense.
-void pointwise(const Tensor& in, const PointwiseWeight& weight, const PointwiseEpilogue& epilogue, const Tensor& out);
+void pointwise(const Tensor& in, const PointwiseWeight& weight, const PointwiseEpilogue& epilogue, const Tensor& out,
+               Stage stage);
 
 // sum_{b, n} grad_out[b, m, n] in[b, k, n] for dense images, [M, ld] in the compute type; ld >= K.
 struct WeightGrad {

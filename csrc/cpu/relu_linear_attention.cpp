@@ -53,12 +53,13 @@ struct Problem {
   // Runs `body(task, scratch)` for every task, in parallel. A task's sums go to `sums` for chunk 0, to `args.partial`
   // after it.
   template <class Body>
-  void for_each_task(void* sums, int64_t flops_per_token, Body body) const {
+  void for_each_task(Stage stage, void* sums, int64_t flops_per_token, Body body) const {
     const int64_t tokens = args.tokens(), chunk = chunk_tokens(args.head_dim);
     const int64_t bytes = args.state_numel() * (state_dtype == ScalarType::Double ? 8 : 4);
     torch::stable::parallel_for(
         0, pairs() * chunks, grain_size(flops_per_token * tokens / chunks), [&](int64_t begin, int64_t end) {
           void* scratch = thread_scratch(kernels.scratch_bytes(args.head_dim));
+          const StageTimer timer(stage);
           for (int64_t i = begin; i < end; ++i) {
             const int64_t pair = i / chunks, c = i % chunks;
             char* sum = c == 0 ? static_cast<char*>(sums) + pair * bytes
@@ -71,21 +72,23 @@ struct Problem {
   }
 
   // first, then second, which needs first's sums over all of a group's tokens.
-  void run(void* sums, ReluLinearAttentionKernels::Kernel first, ReluLinearAttentionKernels::Kernel second) const {
+  void run(Stage stage, void* sums, ReluLinearAttentionKernels::Kernel first,
+           ReluLinearAttentionKernels::Kernel second) const {
     const int64_t flops = 4 * args.head_dim * args.head_dim;
     if (chunks == 1) {  // one task owns the group, so both passes run while its tokens are in the cache
-      for_each_task(sums, 2 * flops, [&](const ReluLinearAttentionTask& task, void* scratch) {
+      for_each_task(stage, sums, 2 * flops, [&](const ReluLinearAttentionTask& task, void* scratch) {
         first(args, task, scratch);
         second(args, task, scratch);
       });
       return;
     }
-    for_each_task(sums, flops, [&](const ReluLinearAttentionTask& task, void* scratch) { first(args, task, scratch); });
+    for_each_task(stage, sums, flops,
+                  [&](const ReluLinearAttentionTask& task, void* scratch) { first(args, task, scratch); });
     const int64_t numel = pairs() * args.state_numel();
     state_dtype == ScalarType::Double
         ? reduce_chunks(static_cast<double*>(sums), static_cast<double*>(args.partial), numel, chunks)
         : reduce_chunks(static_cast<float*>(sums), static_cast<float*>(args.partial), numel, chunks);
-    for_each_task(sums, flops,
+    for_each_task(stage, sums, flops,
                   [&](const ReluLinearAttentionTask& task, void* scratch) { second(args, task, scratch); });
   }
 
@@ -108,7 +111,7 @@ std::tuple<Tensor, Tensor> attention_forward(const std::vector<Tensor>& qkv, int
   args.out = image_of(out);
   args.state = state.mutable_data_ptr();
   args.partial = partial.mutable_data_ptr();
-  problem.run(args.state, problem.kernels.state, problem.kernels.apply);
+  problem.run(Stage::kAttentionForward, args.state, problem.kernels.state, problem.kernels.apply);
   return {out, state};
 }
 
@@ -119,9 +122,9 @@ Tensor attention_apply(const std::vector<Tensor>& qkv, const Tensor& state, int6
   if (problem.empty()) return out;
   args.out = image_of(out);
   args.state = data_of(state);
-  problem.for_each_task(args.state, 4 * head_dim * head_dim, [&](ReluLinearAttentionTask task, void* scratch) {
-    problem.kernels.apply(args, task, scratch);
-  });
+  problem.for_each_task(
+      Stage::kAttentionForward, args.state, 4 * head_dim * head_dim,
+      [&](ReluLinearAttentionTask task, void* scratch) { problem.kernels.apply(args, task, scratch); });
   return out;
 }
 
@@ -155,7 +158,7 @@ std::vector<Tensor> attention_backward(const Tensor& grad_out, const std::vector
   args.grad_qkv = problem.grad_views.data();
   args.grad_state = grad_state.mutable_data_ptr();
   args.partial = partial.mutable_data_ptr();
-  problem.run(args.grad_state, problem.kernels.grad_q, problem.kernels.grad_kv);
+  problem.run(Stage::kAttentionBackward, args.grad_state, problem.kernels.grad_q, problem.kernels.grad_kv);
   return grads;
 }
 
