@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .integrations import restore as restore
     from .nn import FusedLiteMLA as FusedLiteMLA
     from .nn import LiteMLA as LiteMLA
+    from .ops.lite_mla import lite_mla as lite_mla
     from .ops.multiscale_aggregate import multiscale_aggregate as multiscale_aggregate
     from .ops.relu_linear_attention import relu_linear_attention as relu_linear_attention
 
@@ -27,6 +28,7 @@ _HOME = {
     "Report": ".integrations",
     "accelerate": ".integrations",
     "info": "._info",
+    "lite_mla": ".ops",
     "multiscale_aggregate": ".ops",
     "relu_linear_attention": ".ops",
     "restore": ".integrations",

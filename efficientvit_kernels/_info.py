@@ -13,7 +13,7 @@ import torch
 from . import __version__, _library
 from .ops._backends import choose, why_not
 
-OPS = ("relu_linear_attention", "multiscale_aggregate")
+OPS = ("relu_linear_attention", "multiscale_aggregate", "lite_mla")
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,43 @@ def official_multiscale_aggregate(
     return outputs
 
 
+def official_lite_mla(
+    x: Tensor,
+    qkv_weight: Tensor,
+    depthwise_weights: Sequence[Tensor],
+    pointwise_weights: Sequence[Tensor],
+    proj_weight: Tensor,
+    *,
+    head_dim: int,
+    qkv_bias: Tensor | None = None,
+    depthwise_biases: Sequence[Tensor] | None = None,
+    pointwise_biases: Sequence[Tensor] | None = None,
+    proj_scale: Tensor | None = None,
+    proj_shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-15,
+) -> Tensor:
+    """The official module's sequence of ops in the dtype of x: the baseline of rule T.
+
+    The epilogue is a BatchNorm's in eval mode: computed in at least float32 and rounded once; then the residual.
+    """
+    qkv = F.conv2d(x, qkv_weight, qkv_bias)
+    aggregated = official_multiscale_aggregate(
+        qkv,
+        depthwise_weights,
+        pointwise_weights,
+        head_dim=head_dim,
+        depthwise_biases=depthwise_biases,
+        pointwise_biases=pointwise_biases,
+    )
+    y = F.conv2d(official_relu_linear_attention([qkv, *aggregated], head_dim, eps), proj_weight)
+    if proj_scale is not None or proj_shift is not None:
+        wide = y.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide if proj_scale is None else wide * proj_scale.view(1, -1, 1, 1)
+        y = (wide if proj_shift is None else wide + proj_shift.view(1, -1, 1, 1)).to(x.dtype)
+    return y if residual is None else y + residual
+
+
 def make_qkv(
     batch: int,
     heads: int,

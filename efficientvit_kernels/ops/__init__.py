@@ -1,4 +1,5 @@
 """Public ops: checks, choice of the backend, autograd."""
 
+from .lite_mla import lite_mla as lite_mla
 from .multiscale_aggregate import multiscale_aggregate as multiscale_aggregate
 from .relu_linear_attention import relu_linear_attention as relu_linear_attention

@@ -30,10 +30,6 @@ def empty_state(like: Tensor, groups: int | torch.SymInt, head_dim: int) -> Tens
 
 def register_fakes(op: str, forward: Callable[..., object], backward: Callable[..., object]) -> None:
     """For the ops of the native library, where it is loaded."""
-    if _library.WHY_NOT_CPU is None and native_exists(op):
+    if _library.WHY_NOT_CPU is None:
         torch.library.register_fake(f"efficientvit_kernels::{op}_fwd", forward)
         torch.library.register_fake(f"efficientvit_kernels::{op}_bwd", backward)
-
-
-def native_exists(op: str) -> bool:
-    return hasattr(torch.ops.efficientvit_kernels, f"{op}_fwd")

@@ -20,7 +20,7 @@ from ._autograd import (
 )
 from ._backends import choose
 from ._checks import check_aggregation, check_qkv
-from ._fakes import empty_image, native_exists, register_fakes
+from ._fakes import empty_image, register_fakes
 
 OP = "multiscale_aggregate"
 
@@ -73,7 +73,7 @@ def multiscale_aggregate(
     backend = choose(OP, backend, qkv.device.type)
     if len(depthwise_weights) == 0:
         return []
-    if backend == "reference" or not native_exists(OP):
+    if backend == "reference":
         return reference.multiscale_aggregate(
             qkv,
             depthwise_weights,
