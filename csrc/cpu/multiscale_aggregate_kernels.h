@@ -296,7 +296,12 @@ static void aggregate_grad_kernel(const MultiscaleAggregateArgs& args, const Til
       }
       transpose_region(scratch.grad_out, ld_halo, halo, region, D, scratch.rows_out, ld_row);
       transpose(scratch.filtered, ld, D, count, scratch.rows_filtered, ld_row);
-      product<T, 1, true>(D, count, D, scratch.rows_out, ld_row, scratch.rows_filtered, ld_row, sums.pointwise, ld_row);
+      // In short chains of additions: the sum over an image would otherwise carry the error of one long chain.
+      for (int64_t n = 0; n < count; n += kTileTokens) {
+        const int64_t depth = count - n < kTileTokens ? count - n : kTileTokens;
+        product<T, 1, true>(D, depth, D, scratch.rows_out + n * ld_row, ld_row, scratch.rows_filtered + n * ld_row,
+                            ld_row, sums.pointwise, ld_row);
+      }
     }
     if (needs_qkv) store_region(scratch.grad, ld, grad_qkv, D, region, W, scratch.row, ld_row);
   }

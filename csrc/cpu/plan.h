@@ -43,8 +43,8 @@ struct Region {
 // An image cut into regions of at most `max_tokens` and nearly equal sizes; rows are cut only where one is longer.
 struct TileGrid {
   TileGrid(int64_t height, int64_t width, int64_t max_tokens) : height(height), width(width) {
-    down_columns = (width + max_tokens - 1) / max_tokens;
-    const int64_t cols = (width + down_columns - 1) / down_columns;
+    down_columns = at_least(1, (width + max_tokens - 1) / max_tokens);
+    const int64_t cols = at_least(1, (width + down_columns - 1) / down_columns);
     const int64_t rows = at_least(1, max_tokens / cols);
     down_rows = (height + rows - 1) / rows;
   }
