@@ -35,7 +35,13 @@ struct HaloColumns {
   int64_t first, skip, take, rest;
 };
 
-// One channel, whatever its strides.
+// As clear(), in whole vectors: what they reach beyond `count` is written afterwards.
+template <class T>
+static inline void clear_ahead(T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) store(p + i, Vec<T>{});
+}
+
+// One channel, whatever its strides. Rows come in order, so what one writes past its end, the next one overwrites.
 template <class S, class T>
 static void load_plane(const S* channel, int64_t stride_h, int64_t stride_w, const Region& region, int64_t pad,
                        int64_t height, int64_t width, T* plane) {
@@ -43,18 +49,18 @@ static void load_plane(const S* channel, int64_t stride_h, int64_t stride_w, con
   const int64_t ld = region.cols() + 2 * pad;
   for (int64_t r = region.r0 - pad; r < region.r1 + pad; ++r, plane += ld) {
     if (r < 0 || r >= height) {
-      clear(plane, ld);
+      clear_ahead(plane, ld);
       continue;
     }
     const S* row = channel + r * stride_h + columns.first * stride_w;
     T* dst = plane + columns.skip;
-    clear(plane, columns.skip);
+    clear_ahead(plane, columns.skip);
     if (stride_w == 1) {
       convert_in<Load::kPlain>(row, columns.take, dst);
     } else {
       for (int64_t i = 0; i < columns.take; ++i) dst[i] = to_compute(row[i * stride_w]);
     }
-    clear(dst + columns.take, columns.rest);
+    clear_ahead(dst + columns.take, columns.rest);
   }
 }
 
@@ -121,6 +127,16 @@ struct Planes {
 
 // --- the convolution ------------------------------------------------------------------------------------------------
 
+// Most of these loads cross a cache line and cost two: the compiler must not repeat one for every use.
+template <class V>
+static inline void keep_in_register(V& v) {
+#if defined(__AVX512F__)
+  asm volatile("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm volatile("" : "+x"(v));
+#endif
+}
+
 // R rows of V vectors. kSize is the kernel size where it is known at compile time, else 0 and `size` counts. Every
 // output sums its taps column by column, whatever R and V.
 template <class T, int kSize, int R, int V>
@@ -133,16 +149,21 @@ static void depthwise_block(const T* in, int64_t ld_in, const T* weights, int64_
   }
   if constexpr (kSize > 0) {
     for (int dx = 0; dx < kSize; ++dx) {
-#pragma GCC unroll 16
+      Vec<T> column[kSize];  // of weights, in registers: with few vectors a row, loads are what limits
+#pragma GCC unroll 8
+      for (int dy = 0; dy < kSize; ++dy) column[dy] = broadcast(weights[dy * kSize + dx]);
+#pragma GCC unroll 32
       for (int y = 0; y < R + kSize - 1; ++y) {
         Vec<T> row[V];
 #pragma GCC unroll 4
-        for (int j = 0; j < V; ++j) row[j] = load(in + y * ld_in + dx + j * L);
-#pragma GCC unroll 16
+        for (int j = 0; j < V; ++j) {
+          row[j] = load(in + y * ld_in + dx + j * L);
+          keep_in_register(row[j]);
+        }
+#pragma GCC unroll 32
         for (int r = y < kSize ? 0 : y - kSize + 1; r <= (y < R ? y : R - 1); ++r) {
-          const Vec<T> w = broadcast(weights[(y - r) * kSize + dx]);
 #pragma GCC unroll 4
-          for (int j = 0; j < V; ++j) acc[r][j] += w * row[j];
+          for (int j = 0; j < V; ++j) acc[r][j] += column[y - r] * row[j];
         }
       }
     }
@@ -166,9 +187,9 @@ static void depthwise_block(const T* in, int64_t ld_in, const T* weights, int64_
   }
 }
 
-// Eight sums in flight hide the latency of an addition.
+// At least eight sums in flight hide the latency of an addition; more rows at once share more loads.
 template <int V>
-inline constexpr int kMaxDepthwiseRows = V >= 4 ? 4 : 8 / V;
+inline constexpr int kMaxDepthwiseRows = kVecRegisters == 32 ? (V == 1 ? 14 : 16 / V) : 8 / V;
 
 template <class T, int kSize, int V, int R = kMaxDepthwiseRows<V>>
 static inline void depthwise_rows(int64_t rows, const T* in, int64_t ld_in, const T* weights, int64_t size, T bias,

@@ -118,11 +118,27 @@ static inline int64_t pack_cols_scratch() {
 
 // --- the product ----------------------------------------------------------------------------------------------------
 
+// Memory that the caller will need next, asked for in steps while the product keeps the arithmetic units busy.
+struct Ahead {
+  Ahead(const void* data, int64_t bytes, int64_t steps)
+      : next(static_cast<const char*>(data)), left(bytes), step((bytes / at_least(1, steps) + 127) / 64 * 64) {}
+
+  void operator()() {
+    const int64_t count = left < step ? left : step;
+    for (int64_t i = 0; i < count; i += 64) __builtin_prefetch(next + i, 0, 2);  // into the second-level cache
+    next += count;
+    left -= count;
+  }
+
+  const char* next;
+  int64_t left, step;
+};
+
 // Calls write(first row, rows, first column, columns, block), block being [rows, kPanelCols] values, for the row panels
 // [p0, p1) and `count` columns; packed_rows is where panel p0 begins.
 template <class T, class Write>
 static void multiply(const T* packed_rows, int64_t m, int64_t p0, int64_t p1, int64_t depth, const T* packed_cols,
-                     int64_t count, Write write) {
+                     int64_t count, Ahead ahead, Write write) {
   constexpr int L = kLanes<T>, NR = kPanelCols<T>;
   alignas(kVecBytes) T block[kPanelRows * NR];
   for (int64_t p = p0; p < p1; ++p) {
@@ -131,6 +147,7 @@ static void multiply(const T* packed_rows, int64_t m, int64_t p0, int64_t p1, in
     for (int64_t n = 0; n < count; n += NR) {
       const int64_t cols = count - n < NR ? count - n : NR;
       const T* b = packed_cols + n * panel_depth(depth);
+      ahead();
       if (cols > L) {
         dispatch_rows<T, 1, false, kPanelVectors, kPanelRows>(rows, depth, a, kPanelLd, b, NR, block, NR);
       } else {

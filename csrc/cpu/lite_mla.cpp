@@ -14,7 +14,7 @@ namespace efficientvit_kernels::cpu {
 namespace {
 
 // Bytes that the packed input of the projection may take for one tile.
-constexpr int64_t kTileBytes = 512 << 10;
+constexpr int64_t kTileBytes = 1 << 20;
 // Up to this size the projection's input is packed for the whole batch at once.
 constexpr int64_t kStreamBytes = 1 << 20;
 
@@ -90,7 +90,7 @@ class Attend {
         kernels_(lite_mla_kernels_in_use(type_)),
         batch_(qkv.size(0)),
         bytes_(compute_bytes(qkv)),
-        grid_(qkv.size(2), qkv.size(3), kAggregateTokens) {
+        grid_(qkv.size(2), qkv.size(3), aggregate_tokens(qkv.size(3))) {
     args_.qkv = image_of(qkv);
     args_.scales = block.aggregation.scales().data();
     args_.num_scales = block.aggregation.num_scales();
@@ -100,7 +100,7 @@ class Attend {
     args_.width = qkv.size(3);
     args_.eps = block.eps;
     args_.state = data_of(state);
-    const int64_t tiles_per_chunk = at_least(1, chunk_tokens(block.head_dim) / kAggregateTokens);
+    const int64_t tiles_per_chunk = at_least(1, chunk_tokens(block.head_dim) / aggregate_tokens(qkv.size(3)));
     chunks_ = (grid_.tiles() + tiles_per_chunk - 1) / tiles_per_chunk;
     partial_ = block.empty_state(qkv, (chunks_ - 1) * batch_);
     args_.partial = data_of(partial_);
@@ -119,7 +119,8 @@ class Attend {
     args_.out_channels = weight.out_channels;
     const int64_t K = args_.width_k(), tokens = args_.height * args_.width;
     int64_t tile_tokens = kTileBytes / (K * bytes_);
-    if (tile_tokens > kAggregateTokens) tile_tokens = kAggregateTokens;
+    const int64_t most = aggregate_tokens(args_.width);
+    if (tile_tokens > most) tile_tokens = most;
     const TileGrid grid(args_.height, args_.width, at_least(64, tile_tokens));
     PackedWeight packed(weight, type_, nullptr);
     const int64_t packed_bytes = kernels_.packed_cols_numel(max_tokens(grid), K) * bytes_;
@@ -217,10 +218,11 @@ class Attend {
     const int64_t flops = 2 * args_.height * args_.width * args_.width_k() * args_.out_channels;
     weight.for_each_group(grain_size(batch_ * flops * kStreamPanels / weight.panels()),
                           kernels_.project_bytes(args_, grid, kStreamPanels), Stage::kProjection,
-                          [&](int64_t p0, int64_t p1, void* packed_rows, void* scratch) {
+                          [&](const WeightGroup& group, void* scratch) {
                             for (int64_t i = 0; i < batch_ * tiles; ++i) {
-                              kernels_.project(args_, grid, i / tiles, i % tiles, p0, p1, packed_rows,
-                                               packed_of(i / tiles, i % tiles), scratch);
+                              kernels_.project(args_, grid, i / tiles, i % tiles, group.p0, group.p1, group.packed,
+                                               packed_of(i / tiles, i % tiles), i == 0 ? group.next : nullptr,
+                                               i == 0 ? group.next_bytes : 0, scratch);
                             }
                           });
   }
@@ -242,7 +244,7 @@ class Attend {
         const StageTimer timer(Stage::kProjection);
         const void* rows = weight.at(0);
         if (args_.folded) rows = static_cast<char*>(args_.folded) + b * args_.folded_numel * bytes_;
-        kernels_.project(args_, grid, b, tile, 0, weight.panels(), rows, packed, scratch + query_bytes);
+        kernels_.project(args_, grid, b, tile, 0, weight.panels(), rows, packed, nullptr, 0, scratch + query_bytes);
       }
     });
   }

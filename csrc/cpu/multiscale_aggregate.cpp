@@ -145,7 +145,7 @@ std::vector<Tensor> Aggregation::forward(const Tensor& qkv) const {
   }
   if (qkv.numel() == 0 || scales.empty()) return outs;
   const MultiscaleAggregateArgs args = args_for(qkv, scales);
-  const TileGrid grid(args.height, args.width, kAggregateTokens);
+  const TileGrid grid(args.height, args.width, aggregate_tokens(args.width));
   for_each_task(qkv.size(0), parts_, grid, 1, flops_per_token(args) * kAggregateTokens,
                 kernels_.forward_bytes(args, grid), Stage::kAggregate,
                 [&](const MultiscaleAggregateTask& task, int64_t, void* scratch) {

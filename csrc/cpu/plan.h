@@ -23,8 +23,13 @@ inline constexpr int64_t num_chunks(int64_t tokens, int64_t head_dim) {
   return at_least(1, (tokens + chunk / 2 - 1) / chunk);
 }
 
-// Tokens that one tile of the aggregation holds: a few rows of a wide image, or all of a small one.
-inline constexpr int64_t kAggregateTokens = 256;
+// Tokens that one tile of the aggregation holds at most: a few rows of a wide image, or all of a small one. Of wide
+// images it takes four rows, if it can: the halo above and below is loaded for every tile.
+inline constexpr int64_t kAggregateTokens = 512;
+
+inline constexpr int64_t aggregate_tokens(int64_t width) {
+  return 4 * width <= 256 ? 256 : 4 * width < kAggregateTokens ? 4 * width : kAggregateTokens;
+}
 
 // The backward recomputes a halo around each tile, so its tiles are larger; one task sums the weights' gradients over
 // this many tokens.

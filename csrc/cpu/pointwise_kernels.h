@@ -46,7 +46,8 @@ static void pointwise_kernel(const PointwiseArgs& args, const PointwiseTask& tas
   const ImageWriter<S> writer(tokens_of<S>(args.out, H, W, task.b, 0), epilogue, run, H * W, first_row(M, task.p0),
                               first_row(M, task.p1), static_cast<T*>(scratch));
   multiply(static_cast<const T*>(task.packed_rows), M, task.p0, task.p1, args.in_channels,
-           static_cast<const T*>(task.packed_cols), run.cols(), writer);
+           static_cast<const T*>(task.packed_cols), run.cols(),
+           Ahead(task.ahead, task.ahead_bytes, (task.p1 - task.p0) * col_panels<T>(run.cols())), writer);
   writer.finish();
 }
 
@@ -80,7 +81,7 @@ static void pointwise_accumulate_kernel(const PointwiseGradArgs& args, int64_t p
   const int64_t ld = col_panels<T>(args.in_channels) * kPanelCols<T>;
   T* grad = static_cast<T*>(args.grad_weight);
   multiply(static_cast<const T*>(args.packed_grad) + p0 * panel_depth(args.count) * kPanelLd, args.out_channels, p0, p1,
-           args.count, static_cast<const T*>(args.packed_in), args.in_channels,
+           args.count, static_cast<const T*>(args.packed_in), args.in_channels, Ahead(nullptr, 0, 1),
            [&](int64_t i0, int64_t rows, int64_t n, int64_t cols, const T* block) {
              for (int64_t i = 0; i < rows; ++i, block += kPanelCols<T>) {
                T* out = grad + (i0 + i) * ld + n;
