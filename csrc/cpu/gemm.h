@@ -37,23 +37,24 @@ inline constexpr int64_t kPackLd = kPackDepth + 16;
 template <class S, class T>
 static void pack_rows(const S* a, int64_t stride_m, int64_t stride_k, int64_t m, int64_t depth, int64_t p0, int64_t p1,
                       const T* factors, T* packed) {
-  T scratch[kPanelLd * kPackLd] = {};
+  constexpr int L = kLanes<T>;
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t i0 = first_row(m, p), rows = first_row(m, p + 1) - i0;
     T* panel = packed + (p - p0) * panel_depth(depth) * kPanelLd;
     const S* first = a + i0 * stride_m;
     if (stride_k == 1) {
-      for (int64_t k = 0; k < depth; k += kPackDepth) {
-        const int64_t count = depth - k < kPackDepth ? depth - k : kPackDepth;
-        for (int64_t i = 0; i < rows; ++i) {
-          const S* row = first + i * stride_m + k;
-          // So many short rows are beyond the hardware's prefetcher: ask for the next panel's, in time.
-          for (int64_t j = 0; j < count; j += 64 / static_cast<int64_t>(sizeof(S))) {
-            __builtin_prefetch(row + rows * stride_m + j);
+      for (int64_t i = 0; i < kPanelLd; i += L) {
+        const S* row[L];  // past the last row of the matrix, that row again
+        for (int64_t r = 0; r < L; ++r) row[r] = first + (i0 + i + r < m ? i + r : rows - 1) * stride_m;
+        for (int64_t k = 0; k < depth; k += L) {
+          const int64_t count = depth - k < L ? depth - k : L;
+          Vec<T> square[L];
+          for (int64_t r = 0; r < L; ++r) {
+            square[r] = count == L ? load_compute(row[r] + k) : load_compute(row[r] + k, count);
           }
-          convert_in<Load::kPlain>(row, count, scratch + i * kPackLd);
+          transpose_square<T>(square);
+          for (int64_t c = 0; c < count; ++c) store(panel + (k + c) * kPanelLd + i, square[c]);
         }
-        transpose(scratch, kPackLd, kPanelLd, count, panel + k * kPanelLd, kPanelLd);
       }
     } else {
       for (int64_t k = 0; k < depth; ++k) {
@@ -135,27 +136,33 @@ struct Ahead {
 };
 
 // Calls write(first row, rows, first column, columns, block), block being [rows, kPanelCols] values, for the row panels
-// [p0, p1) and `count` columns; packed_rows is where panel p0 begins.
+// [p0, p1) and `count` columns; packed_rows is where panel p0 begins. Sums over [k0, k1) of the packed depth only.
 template <class T, class Write>
-static void multiply(const T* packed_rows, int64_t m, int64_t p0, int64_t p1, int64_t depth, const T* packed_cols,
-                     int64_t count, Ahead ahead, Write write) {
+static void multiply_part(const T* packed_rows, int64_t m, int64_t p0, int64_t p1, int64_t depth, int64_t k0,
+                          int64_t k1, const T* packed_cols, int64_t count, Ahead ahead, Write write) {
   constexpr int L = kLanes<T>, NR = kPanelCols<T>;
   alignas(kVecBytes) T block[kPanelRows * NR];
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t i0 = first_row(m, p), rows = first_row(m, p + 1) - i0;
-    const T* a = packed_rows + (p - p0) * panel_depth(depth) * kPanelLd;
+    const T* a = packed_rows + ((p - p0) * panel_depth(depth) + k0) * kPanelLd;
     for (int64_t n = 0; n < count; n += NR) {
       const int64_t cols = count - n < NR ? count - n : NR;
-      const T* b = packed_cols + n * panel_depth(depth);
+      const T* b = packed_cols + n * panel_depth(depth) + k0 * NR;
       ahead();
       if (cols > L) {
-        dispatch_rows<T, 1, false, kPanelVectors, kPanelRows>(rows, depth, a, kPanelLd, b, NR, block, NR);
+        dispatch_rows<T, 1, false, kPanelVectors, kPanelRows>(rows, k1 - k0, a, kPanelLd, b, NR, block, NR);
       } else {
-        dispatch_rows<T, 1, false, 1, kPanelRows>(rows, depth, a, kPanelLd, b, NR, block, NR);
+        dispatch_rows<T, 1, false, 1, kPanelRows>(rows, k1 - k0, a, kPanelLd, b, NR, block, NR);
       }
       write(i0, rows, n, cols, block);
     }
   }
+}
+
+template <class T, class Write>
+static void multiply(const T* packed_rows, int64_t m, int64_t p0, int64_t p1, int64_t depth, const T* packed_cols,
+                     int64_t count, Ahead ahead, Write write) {
+  multiply_part(packed_rows, m, p0, p1, depth, 0, depth, packed_cols, count, ahead, write);
 }
 
 // --- results to an image --------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ template <class S>
 static void lite_mla_finish_kernel(const LiteMlaArgs& args, int64_t b, int64_t g, void* memory) {
   using T = Compute<S>;
   const int64_t D = args.head_dim, K = args.width_k();
-  const TileGrid grid(args.height, args.width, kAggregateTokens);
+  const TileGrid grid(args.height, args.width, aggregate_tokens(args.width));
   Arena<T> arena(memory);
   const LiteMlaScratch<T> scratch(arena, args, grid);
   const int64_t ld = scratch.ld;

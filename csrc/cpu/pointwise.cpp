@@ -158,6 +158,7 @@ void pointwise(const Tensor& in, const PointwiseWeight& weight, const PointwiseE
 }
 
 WeightGrad pointwise_weight_grad(const Tensor& grad_out, const Tensor& in) {
+  const PointwiseKernels grad_kernels = pointwise_kernels_in_use(storage_type(grad_out, "pointwise", "grad_out"));
   const PointwiseKernels kernels = pointwise_kernels_in_use(storage_type(in, "pointwise", "in"));
   const int64_t batch = in.size(0), tokens = in.size(2) * in.size(3), bytes = compute_bytes(in);
   PointwiseGradArgs args{};
@@ -189,7 +190,7 @@ WeightGrad pointwise_weight_grad(const Tensor& grad_out, const Tensor& in) {
       torch::stable::parallel_for(0, rows + cols, grain_size(cost * kernels.panel_cols),
                                   [&](int64_t begin, int64_t end) {
                                     const StageTimer timer(Stage::kWeightGrad);
-                                    if (begin < rows) kernels.pack_grad(args, begin, end < rows ? end : rows);
+                                    if (begin < rows) grad_kernels.pack_grad(args, begin, end < rows ? end : rows);
                                     if (end <= rows) return;
                                     void* scratch = thread_scratch(kernels.scratch_numel * bytes);
                                     kernels.pack_in(args, at_least(begin, rows) - rows, end - rows, scratch);

@@ -75,21 +75,29 @@ static void pointwise_pack_in_kernel(const PointwiseGradArgs& args, int64_t q0, 
             static_cast<T*>(scratch));
 }
 
+// Tokens that are summed in one chain of additions; the error of the sum grows with its length.
+inline constexpr int64_t kGradChain = 128;
+
 template <class S>
 static void pointwise_accumulate_kernel(const PointwiseGradArgs& args, int64_t p0, int64_t p1) {
   using T = Compute<S>;
   const int64_t ld = col_panels<T>(args.in_channels) * kPanelCols<T>;
   T* grad = static_cast<T*>(args.grad_weight);
-  multiply(static_cast<const T*>(args.packed_grad) + p0 * panel_depth(args.count) * kPanelLd, args.out_channels, p0, p1,
-           args.count, static_cast<const T*>(args.packed_in), args.in_channels, Ahead(nullptr, 0, 1),
-           [&](int64_t i0, int64_t rows, int64_t n, int64_t cols, const T* block) {
-             for (int64_t i = 0; i < rows; ++i, block += kPanelCols<T>) {
-               T* out = grad + (i0 + i) * ld + n;
-               for (int64_t c = 0; c < cols; c += kLanes<T>) {
-                 store(out + c, args.first ? load(block + c) : load(out + c) + load(block + c));
-               }
-             }
-           });
+  const T* rows_packed = static_cast<const T*>(args.packed_grad) + p0 * panel_depth(args.count) * kPanelLd;
+  for (int64_t k = 0; k < args.count; k += kGradChain) {
+    const int64_t end = k + kGradChain < args.count ? k + kGradChain : args.count;
+    const bool first = args.first && k == 0;
+    multiply_part(rows_packed, args.out_channels, p0, p1, args.count, k, end, static_cast<const T*>(args.packed_in),
+                  args.in_channels, Ahead(nullptr, 0, 1),
+                  [&](int64_t i0, int64_t rows, int64_t n, int64_t cols, const T* block) {
+                    for (int64_t i = 0; i < rows; ++i, block += kPanelCols<T>) {
+                      T* out = grad + (i0 + i) * ld + n;
+                      for (int64_t c = 0; c < cols; c += kLanes<T>) {
+                        store(out + c, first ? load(block + c) : load(out + c) + load(block + c));
+                      }
+                    }
+                  });
+  }
 }
 
 // --- table ----------------------------------------------------------------------------------------------------------

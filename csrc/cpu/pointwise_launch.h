@@ -80,7 +80,7 @@ class PackedWeight {
 void pointwise(const Tensor& in, const PointwiseWeight& weight, const PointwiseEpilogue& epilogue, const Tensor& out,
                Stage stage);
 
-// sum_{b, n} grad_out[b, m, n] in[b, k, n] for dense images, [M, ld] in the compute type; ld >= K.
+// sum_{b, n} grad_out[b, m, n] in[b, k, n] for dense images of one compute type, [M, ld] in that type; ld >= K.
 struct WeightGrad {
   Buffer data;
   int64_t ld;

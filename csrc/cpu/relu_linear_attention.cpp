@@ -118,13 +118,14 @@ std::tuple<Tensor, Tensor> attention_forward(const std::vector<Tensor>& qkv, int
 Tensor attention_apply(const std::vector<Tensor>& qkv, const Tensor& state, int64_t head_dim, double eps) {
   Problem problem("relu_linear_attention", qkv, head_dim, eps);
   ReluLinearAttentionArgs& args = problem.args;
-  Tensor out = empty_image(qkv[0], args.groups * head_dim, format_like(qkv[0]));
+  const int64_t sizes[] = {problem.batch, args.groups * head_dim, args.height, args.width};
+  Tensor out = torch::stable::empty(sizes, problem.state_dtype, std::nullopt, qkv[0].device());
   if (problem.empty()) return out;
   args.out = image_of(out);
   args.state = data_of(state);
   problem.for_each_task(
       Stage::kAttentionForward, args.state, 4 * head_dim * head_dim,
-      [&](ReluLinearAttentionTask task, void* scratch) { problem.kernels.apply(args, task, scratch); });
+      [&](ReluLinearAttentionTask task, void* scratch) { problem.kernels.apply_wide(args, task, scratch); });
   return out;
 }
 

@@ -35,10 +35,11 @@ struct ReluLinearAttentionTask {
 struct ReluLinearAttentionKernels {
   // The last argument is scratch memory: scratch_bytes(D) bytes on a 64-byte boundary, one block per thread.
   using Kernel = void (*)(const ReluLinearAttentionArgs&, const ReluLinearAttentionTask&, void*);
-  Kernel state;    // forward 1: sum = state over the task's tokens
-  Kernel apply;    // forward 2: out
-  Kernel grad_q;   // backward 1: grad_q, sum = grad_state over the task's tokens
-  Kernel grad_kv;  // backward 2: grad_k and grad_v
+  Kernel state;       // forward 1: sum = state over the task's tokens
+  Kernel apply;       // forward 2: out
+  Kernel apply_wide;  // the same, with out in the compute type
+  Kernel grad_q;      // backward 1: grad_q, sum = grad_state over the task's tokens
+  Kernel grad_kv;     // backward 2: grad_k and grad_v
   int64_t (*scratch_bytes)(int64_t head_dim);
 };
 

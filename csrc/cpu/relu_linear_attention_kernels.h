@@ -135,7 +135,8 @@ static void state_kernel(const ReluLinearAttentionArgs& args, const ReluLinearAt
   store_matrix(sum, ld, D, task.sum);
 }
 
-template <class S>
+// O: what is stored, the storage type or the compute type.
+template <class S, class O>
 static void apply_kernel(const ReluLinearAttentionArgs& args, const ReluLinearAttentionTask& task, void* memory) {
   using T = Compute<S>;
   const int64_t D = args.head_dim;
@@ -146,7 +147,7 @@ static void apply_kernel(const ReluLinearAttentionArgs& args, const ReluLinearAt
   load_matrix(state_of<T>(args.state, args, task), D, state, ld);
   transpose(state, ld, D + 1, D, state_t, ld);
   const auto q = part_of<const S>(args.qkv, args, task.b, task.g, kQ);
-  const auto out = out_of<S>(args, task.b, task.g);
+  const auto out = out_of<O>(args, task.b, task.g);
   T* den = out_column + D * kTileLd;
 
   for (int64_t n = task.n0; n < task.n1; n += kTileTokens) {
@@ -301,7 +302,12 @@ static void grad_kv_kernel(const ReluLinearAttentionArgs& args, const ReluLinear
 
 template <class S>
 static ReluLinearAttentionKernels kernels_for() {
-  return {state_kernel<S>, apply_kernel<S>, grad_q_kernel<S>, grad_kv_kernel<S>, [](int64_t head_dim) -> int64_t {
+  return {state_kernel<S>,
+          apply_kernel<S, S>,
+          apply_kernel<S, Compute<S>>,
+          grad_q_kernel<S>,
+          grad_kv_kernel<S>,
+          [](int64_t head_dim) -> int64_t {
             using T = Compute<S>;
             return Scratch<T>::numel(Scratch<T>::row_stride(head_dim)) * static_cast<int64_t>(sizeof(T));
           }};

@@ -12,7 +12,7 @@ namespace efficientvit_kernels::cpu {
 // Output and state.
 std::tuple<Tensor, Tensor> attention_forward(const std::vector<Tensor>& qkv, int64_t head_dim, double eps);
 
-// The output for a state that is there already.
+// The output for a state that is there already: NCHW, in the compute type.
 Tensor attention_apply(const std::vector<Tensor>& qkv, const Tensor& state, int64_t head_dim, double eps);
 
 // Gradients of the tensors in qkv that `scales` names.

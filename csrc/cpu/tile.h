@@ -139,8 +139,16 @@ static void add_to_row(T* row, int64_t cols, T x) {
 // dst[c][r] = src[r][c], in blocks of kLanes rows by 4 columns: src and dst need that much padding.
 template <class T>
 static void transpose(const T* src, int64_t ld, int64_t rows, int64_t cols, T* dst, int64_t ld_dst) {
-  for (int64_t r = 0; r < rows; r += kLanes<T>) {
-    for (int64_t c = 0; c < cols; c += 4) transpose_lanes_by_4(src + r * ld + c, ld, dst + c * ld_dst + r, ld_dst);
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t r = 0; r < rows; r += L) {
+    int64_t c = 0;
+    for (; c + L <= cols; c += L) {
+      Vec<T> square[L];
+      for (int64_t i = 0; i < L; ++i) square[i] = load(src + (r + i) * ld + c);
+      transpose_square<T>(square);
+      for (int64_t i = 0; i < L; ++i) store(dst + (c + i) * ld_dst + r, square[i]);
+    }
+    for (; c < cols; c += 4) transpose_lanes_by_4(src + r * ld + c, ld, dst + c * ld_dst + r, ld_dst);
   }
 }
 

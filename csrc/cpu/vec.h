@@ -300,4 +300,63 @@ inline void transpose_lanes_by_4<float>(const float* src, int64_t ld, float* dst
 }
 #endif
 
+// --- transpose of kLanes vectors in registers: rows[c][r] becomes what rows[r][c] was -------------------------------
+
+template <class T>
+static inline void transpose_square(Vec<T>* rows) {
+  constexpr int L = kLanes<T>;
+  Vec<T> out[L];
+  for (int r = 0; r < L; ++r) {
+    for (int c = 0; c < L; ++c) out[c][r] = rows[r][c];
+  }
+  for (int r = 0; r < L; ++r) rows[r] = out[r];
+}
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+template <>
+inline void transpose_square<float>(Vec<float>* rows) {
+  constexpr int L = kLanes<float>;
+  // 4 x 4 blocks inside 128-bit lanes: block[4 g + c] holds in lane j the rows 4 g ... 4 g + 3 of column 4 j + c.
+  Vec<float> block[L];
+#pragma GCC unroll 4
+  for (int g = 0; g < L; g += 4) {
+#if defined(__AVX512F__)
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(rows[g], rows[g + 1]));
+    const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(rows[g], rows[g + 1]));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(rows[g + 2], rows[g + 3]));
+    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(rows[g + 2], rows[g + 3]));
+    block[g] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    block[g + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    block[g + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    block[g + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+#else
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(rows[g], rows[g + 1]));
+    const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(rows[g], rows[g + 1]));
+    const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(rows[g + 2], rows[g + 3]));
+    const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(rows[g + 2], rows[g + 3]));
+    block[g] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+    block[g + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+    block[g + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+    block[g + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+#endif
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+#if defined(__AVX512F__)
+    const __m512 even01 = _mm512_shuffle_f32x4(block[c], block[4 + c], 0x88);
+    const __m512 odd01 = _mm512_shuffle_f32x4(block[c], block[4 + c], 0xdd);
+    const __m512 even23 = _mm512_shuffle_f32x4(block[8 + c], block[12 + c], 0x88);
+    const __m512 odd23 = _mm512_shuffle_f32x4(block[8 + c], block[12 + c], 0xdd);
+    rows[c] = _mm512_shuffle_f32x4(even01, even23, 0x88);
+    rows[4 + c] = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+    rows[8 + c] = _mm512_shuffle_f32x4(even01, even23, 0xdd);
+    rows[12 + c] = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
+#else
+    rows[c] = _mm256_permute2f128_ps(block[c], block[4 + c], 0x20);
+    rows[4 + c] = _mm256_permute2f128_ps(block[c], block[4 + c], 0x31);
+#endif
+  }
+}
+#endif
+
 }  // namespace efficientvit_kernels::cpu::EVK_ISA
