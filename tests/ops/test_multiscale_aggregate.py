@@ -14,6 +14,8 @@ from tests.ops.aggregate_samples import SAMPLES, Sample, judge, run
 from tests.ops.block_common import Arguments, assert_all_ok, assert_equal_bits, mapped, results, tensors_of
 from tests.ops.common import BACKENDS, DTYPES, HALF, as_layout
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)

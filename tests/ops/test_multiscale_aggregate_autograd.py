@@ -14,6 +14,8 @@ from tests.ops.aggregate_samples import Sample
 from tests.ops.block_common import Arguments, SavedTensors, as_leaves, tensors_of
 from tests.ops.common import BACKENDS, DTYPES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ops = torch.ops.efficientvit_kernels
 CPU = partial(multiscale_aggregate, backend="cpu")
 SAMPLE = Sample(2, 1, 4, 5, 6, kernels=(3, 5), biases=True)

@@ -11,6 +11,8 @@ from tests.ops.aggregate_samples import Sample, run
 from tests.ops.block_common import as_leaves, in_dtype, tensors_of
 from tests.ops.common import BACKENDS, DTYPES, HALF, as_layout
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 inf, nan = float("inf"), float("nan")
 
 

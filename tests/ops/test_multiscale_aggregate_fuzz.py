@@ -17,11 +17,7 @@ from tests.ops.block_common import Arguments, in_dtype, mapped, results
 from tests.ops.common import DTYPES, LAYOUTS
 from tests.ops.fuzzing import EXAMPLES, FUZZ
 
-
-@pytest.fixture(autouse=True)
-def one_thread(threads: None) -> None:
-    """The float64 convolutions of the truth start threads for every group of every image."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 sides = st.one_of(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17]), st.integers(1, 20))

@@ -1,0 +1,87 @@
+"""What rounding does to lite_mla: the exact formula, in float64, with a random rounding error at every stage.
+
+The errors are those that any implementation of the contract makes: the stored tensors qkv and y are rounded to x's
+dtype, and every sum, product and quotient is off by up to half a unit in the last place of float32 (of float64 for
+float64) of the terms that it adds up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.ops.block_common import Arguments, in_dtype, results
+
+
+def prescribed(arguments: Arguments, seed: int) -> Arguments:
+    """One draw of the results: output and gradients, the gradients rounded to their dtypes."""
+    dtype = arguments["x"].dtype
+    noise = Noise(torch.finfo(torch.promote_types(dtype, torch.float32)).eps, seed)
+    found = results(lambda **kwargs: noisy_block(noise, dtype, **kwargs), in_dtype(arguments, torch.float64), dtype)
+    vectors = ("grad_proj_scale", "grad_proj_shift")
+    return {name: result if name in vectors else result.to(dtype) for name, result in found.items()}
+
+
+class Noise:
+    """Rounding errors of random size and sign, up to eps / 2."""
+
+    def __init__(self, eps: float, seed: int) -> None:
+        self.eps, self.generator = eps, torch.Generator().manual_seed(seed)
+
+    def of(self, size: Tensor) -> Tensor:
+        """An error for each element of `size`, the sum of the absolute values of what is added up there."""
+        uniform = torch.rand(size.shape, generator=self.generator, dtype=torch.float64)
+        return (uniform - 0.5) * self.eps * size.detach()
+
+    def relative(self, x: Tensor) -> Tensor:
+        return x * (1 + self.of(torch.ones_like(x)))
+
+    def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
+        padding = weight.shape[-1] // 2
+        size = F.conv2d(x.abs(), weight.abs(), None if bias is None else bias.abs(), padding=padding, groups=groups)
+        return F.conv2d(x, weight, bias, padding=padding, groups=groups) + self.of(size)
+
+
+def noisy_block(
+    noise: Noise,
+    dtype: torch.dtype,
+    *,
+    x: Tensor,
+    qkv_weight: Tensor,
+    depthwise_weights: list[Tensor],
+    pointwise_weights: list[Tensor],
+    proj_weight: Tensor,
+    head_dim: int,
+    eps: float,
+    **optional: Any,
+) -> Tensor:
+    channels = qkv_weight.shape[0]
+    qkv = noise.conv(x, qkv_weight, optional.get("qkv_bias")).to(dtype).double()
+    multi_scale = [qkv]
+    for s, (depthwise, pointwise) in enumerate(zip(depthwise_weights, pointwise_weights, strict=True)):
+        first, second = (
+            optional[name][s] if name in optional else None for name in ("depthwise_biases", "pointwise_biases")
+        )
+        between = noise.conv(qkv, depthwise, first, groups=channels)
+        multi_scale.append(noise.conv(between, pointwise, second, groups=channels // head_dim))
+    out = torch.cat([noisy_attention(noise, packed, head_dim, eps) for packed in multi_scale], dim=1)
+    y = noise.conv(out, proj_weight, None)
+    if "proj_scale" in optional:
+        y = noise.relative(y * optional["proj_scale"].view(1, -1, 1, 1))
+    if "proj_shift" in optional:
+        y = y + optional["proj_shift"].view(1, -1, 1, 1)
+    return (y + optional["residual"] if "residual" in optional else y).to(dtype)
+
+
+def noisy_attention(noise: Noise, packed: Tensor, head_dim: int, eps: float) -> Tensor:
+    batch, channels, height, width = packed.shape
+    q, k, v = packed.reshape(batch, channels // (3 * head_dim), 3 * head_dim, -1).split(head_dim, dim=2)
+    q, k = q.relu(), k.relu()  # [B, heads, D, N]
+    kv = v @ k.mT + noise.of(v.abs() @ k.mT)
+    z = noise.relative(k.sum(-1, keepdim=True))
+    numerator = kv @ q + noise.of(kv.abs() @ q)
+    denominator = noise.relative(z.mT @ q) + eps
+    return noise.relative(numerator / denominator).reshape(batch, channels // 3, height, width)
