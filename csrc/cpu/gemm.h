@@ -31,39 +31,58 @@ inline constexpr int64_t kPackLd = kPackDepth + 16;
 
 // --- packing --------------------------------------------------------------------------------------------------------
 
+// One panel of a matrix whose rows are contiguous along k.
+template <class S, class T>
+static void pack_panel_by_rows(const S* a, int64_t stride_m, int64_t m, int64_t i0, int64_t depth, T* panel) {
+  constexpr int L = kLanes<T>;
+  for (int64_t i = 0; i < kPanelLd; i += L) {
+    const S* row[L];  // past the last row of the matrix, that row again
+    for (int64_t r = 0; r < L; ++r) row[r] = a + (i0 + i + r < m ? i0 + i + r : m - 1) * stride_m;
+    for (int64_t k = 0; k < depth; k += L) {
+      const int64_t count = depth - k < L ? depth - k : L;
+      Vec<T> square[L];
+      for (int64_t r = 0; r < L; ++r) {
+        square[r] = count == L ? load_compute(row[r] + k) : load_compute(row[r] + k, count);
+      }
+      transpose_square<T>(square);
+      for (int64_t c = 0; c < count; ++c) store(panel + (k + c) * kPanelLd + i, square[c]);
+    }
+  }
+}
+
 // Panels [p0, p1) of A, whose element (i, k) is a[i * stride_m + k * stride_k], times factors[k] where there are any;
-// `packed` is where panel p0 goes.
-// Entries past a panel's last row are left as they are: they only reach rows that nobody writes.
+// `packed` is where panel p0 goes. Entries past a panel's last row only reach rows that nobody writes.
 template <class S, class T>
 static void pack_rows(const S* a, int64_t stride_m, int64_t stride_k, int64_t m, int64_t depth, int64_t p0, int64_t p1,
                       const T* factors, T* packed) {
-  constexpr int L = kLanes<T>;
-  for (int64_t p = p0; p < p1; ++p) {
-    const int64_t i0 = first_row(m, p), rows = first_row(m, p + 1) - i0;
-    T* panel = packed + (p - p0) * panel_depth(depth) * kPanelLd;
-    const S* first = a + i0 * stride_m;
-    if (stride_k == 1) {
-      for (int64_t i = 0; i < kPanelLd; i += L) {
-        const S* row[L];  // past the last row of the matrix, that row again
-        for (int64_t r = 0; r < L; ++r) row[r] = first + (i0 + i + r < m ? i + r : rows - 1) * stride_m;
-        for (int64_t k = 0; k < depth; k += L) {
-          const int64_t count = depth - k < L ? depth - k : L;
-          Vec<T> square[L];
-          for (int64_t r = 0; r < L; ++r) {
-            square[r] = count == L ? load_compute(row[r] + k) : load_compute(row[r] + k, count);
+  const int64_t panel_numel = panel_depth(depth) * kPanelLd;
+  if (stride_k == 1) {
+    for (int64_t p = p0; p < p1; ++p) {
+      pack_panel_by_rows(a, stride_m, m, first_row(m, p), depth, packed + (p - p0) * panel_numel);
+    }
+  } else {
+    constexpr int64_t kTogether = 8;  // panels: a column of one panel alone is less than a cache line
+    for (int64_t p = p0; p < p1; p += kTogether) {
+      const int64_t end = p + kTogether < p1 ? p + kTogether : p1;
+      for (int64_t k = 0; k < depth; ++k) {
+        for (int64_t q = p; q < end; ++q) {
+          const int64_t i0 = first_row(m, q), rows = first_row(m, q + 1) - i0;
+          const S* column = a + i0 * stride_m + k * stride_k;
+          T* out = packed + (q - p0) * panel_numel + k * kPanelLd;
+          if (stride_m == 1) {
+            __builtin_prefetch(column + 16 * stride_k);  // each k is on a page of its own
+            convert_in<Load::kPlain>(column, m - i0 < kPanelLd ? rows : kPanelLd, out);
+          } else {
+            for (int64_t i = 0; i < rows; ++i) out[i] = to_compute(column[i * stride_m]);
           }
-          transpose_square<T>(square);
-          for (int64_t c = 0; c < count; ++c) store(panel + (k + c) * kPanelLd + i, square[c]);
         }
       }
-    } else {
-      for (int64_t k = 0; k < depth; ++k) {
-        for (int64_t i = 0; i < rows; ++i) panel[k * kPanelLd + i] = to_compute(first[i * stride_m + k * stride_k]);
-      }
     }
-    if (factors == nullptr) continue;
+  }
+  if (factors == nullptr) return;
+  for (int64_t p = p0; p < p1; ++p, packed += panel_numel) {
     for (int64_t k = 0; k < depth; ++k) {
-      for (int64_t i = 0; i < rows; ++i) panel[k * kPanelLd + i] *= factors[k];
+      for (int64_t i = 0; i < kPanelLd; ++i) packed[k * kPanelLd + i] *= factors[k];
     }
   }
 }

@@ -315,19 +315,20 @@ std::tuple<Tensor, Tensor, Tensor> lite_mla_fwd_cpu(Tensor x, Tensor qkv_weight,
 // out[m, k] = factors[m] * grad[m, k], rounded once.
 template <class T>
 void store_weight_grad(const WeightGrad& grad, const Tensor& out, const T* factors) {
+  if (grad.values == data_of(out) && factors == nullptr) return;
   const StorageType type = storage_type(out, "lite_mla_bwd", "weight");
   const int64_t rows = out.size(0), cols = out.size(1);
-  std::vector<double> row(cols);
-  for (int64_t m = 0; m < rows; ++m) {
-    const T* from = static_cast<const T*>(grad.data.data) + m * grad.ld;
-    for (int64_t k = 0; k < cols; ++k) row[k] = factors ? static_cast<double>(factors[m]) * from[k] : from[k];
-    store_rounded(row.data(), cols, type, data_of(out), m * cols);
-  }
+  torch::stable::parallel_for(0, rows, grain_size(8 * cols), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      const T* from = static_cast<const T*>(grad.values) + m * grad.ld;
+      store_rounded(from, cols, factors ? factors[m] : T(1), type, data_of(out), m * cols);
+    }
+  });
 }
 
 Tensor weight_grad(const Tensor& grad_out, const Tensor& in, const Tensor& weight) {
-  const WeightGrad grad = pointwise_weight_grad(grad_out, in);
-  Tensor out = empty_like_weight(weight);
+  const Tensor out = empty_like_weight(weight);
+  const WeightGrad grad = pointwise_weight_grad(grad_out, in, out);
   compute_bytes(in) == 8 ? store_weight_grad<double>(grad, out, nullptr) : store_weight_grad<float>(grad, out, nullptr);
   return out;
 }
@@ -335,7 +336,7 @@ Tensor weight_grad(const Tensor& grad_out, const Tensor& in, const Tensor& weigh
 Tensor rounded_vector(const std::vector<double>& values, const Tensor& like, ScalarType type) {
   const int64_t sizes[] = {static_cast<int64_t>(values.size())};
   Tensor out = torch::stable::empty(sizes, type, std::nullopt, like.device());
-  store_rounded(values.data(), sizes[0], storage_type(out, "lite_mla_bwd", "vector"), data_of(out), 0);
+  store_rounded(values.data(), sizes[0], 1.0, storage_type(out, "lite_mla_bwd", "vector"), data_of(out), 0);
   return out;
 }
 
@@ -348,20 +349,24 @@ struct ProjectionGrads {
 template <class T>
 ProjectionGrads projection_grads(const Tensor& grad_y, const Tensor& att, const Tensor& proj_weight,
                                  const MaybeTensor& scale) {
-  const WeightGrad grad = pointwise_weight_grad(grad_y, att);
   ProjectionGrads result{empty_like_weight(proj_weight), std::nullopt};
-  store_weight_grad<T>(grad, result.weight, scale ? static_cast<const T*>(scale->const_data_ptr()) : nullptr);
-  if (!scale) return result;
+  const WeightGrad grad = pointwise_weight_grad(grad_y, att, result.weight);
+  if (!scale) {
+    store_weight_grad<T>(grad, result.weight, nullptr);
+    return result;
+  }
   const Tensor weight = as_type(proj_weight, compute_type(att));
   const T* w = static_cast<const T*>(weight.const_data_ptr());
   std::vector<double> sums(proj_weight.size(0), 0.0);
-  for (int64_t m = 0; m < proj_weight.size(0); ++m) {
-    const T* from = static_cast<const T*>(grad.data.data) + m * grad.ld;
-    for (int64_t k = 0; k < proj_weight.size(1); ++k) {
-      sums[m] += static_cast<double>(w[m * proj_weight.size(1) + k]) * from[k];
+  const int64_t rows = proj_weight.size(0), cols = proj_weight.size(1);
+  torch::stable::parallel_for(0, rows, grain_size(4 * cols), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      const T* from = static_cast<const T*>(grad.values) + m * grad.ld;
+      for (int64_t k = 0; k < cols; ++k) sums[m] += static_cast<double>(w[m * cols + k]) * from[k];
     }
-  }
+  });
   result.scale = rounded_vector(sums, att, compute_type(att));
+  store_weight_grad<T>(grad, result.weight, static_cast<const T*>(scale->const_data_ptr()));
   return result;
 }
 

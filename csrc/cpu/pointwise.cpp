@@ -14,8 +14,10 @@ namespace {
 // cache.
 constexpr int64_t kBlockBytes = 256 << 10;
 constexpr int64_t kMaxBlockColumns = 256;
+// A block of fewer columns would read the packed weights, from a third-level cache, too often.
+constexpr int64_t kMinBlockColumns = 128;
 // Up to this size all columns of a batch make one block.
-constexpr int64_t kStreamBytes = 1 << 20;
+constexpr int64_t kStreamBytes = 3 << 19;
 constexpr int64_t kGradChunk = 512;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -138,8 +140,9 @@ void pointwise(const Tensor& in, const PointwiseWeight& weight, const PointwiseE
     return;
   }
   packed.pack_all();
-  const int64_t most = kMaxBlockColumns / kernels.panel_cols, wanted = kBlockBytes / panel_bytes;
-  const int64_t blocks = ceil_div(cols, at_least(1, wanted < most ? wanted : most));
+  int64_t wanted = at_least(kMinBlockColumns / kernels.panel_cols, kBlockBytes / panel_bytes);
+  if (wanted > kMaxBlockColumns / kernels.panel_cols) wanted = kMaxBlockColumns / kernels.panel_cols;
+  const int64_t blocks = ceil_div(cols, wanted);
   const int64_t block_cols = ceil_div(cols, blocks);
   const int64_t packed_bytes = (block_cols * panel_bytes + 63) / 64 * 64;
   const int64_t scratch_bytes = kernels.scratch_bytes(block_cols * kernels.panel_cols, rows);
@@ -157,7 +160,7 @@ void pointwise(const Tensor& in, const PointwiseWeight& weight, const PointwiseE
   });
 }
 
-WeightGrad pointwise_weight_grad(const Tensor& grad_out, const Tensor& in) {
+WeightGrad pointwise_weight_grad(const Tensor& grad_out, const Tensor& in, const Tensor& into) {
   const PointwiseKernels grad_kernels = pointwise_kernels_in_use(storage_type(grad_out, "pointwise", "grad_out"));
   const PointwiseKernels kernels = pointwise_kernels_in_use(storage_type(in, "pointwise", "in"));
   const int64_t batch = in.size(0), tokens = in.size(2) * in.size(3), bytes = compute_bytes(in);
@@ -170,8 +173,10 @@ WeightGrad pointwise_weight_grad(const Tensor& grad_out, const Tensor& in) {
   args.width = in.size(3);
   const int64_t rows = ceil_div(args.out_channels, kernels.panel_rows);
   const int64_t cols = ceil_div(args.in_channels, kernels.panel_cols), ld = cols * kernels.panel_cols;
-  WeightGrad result{Buffer(at_least(1, args.out_channels * ld * bytes)), ld};
-  args.grad_weight = result.data.data;
+  // Straight into a gradient of the compute type whose rows are whole panels.
+  const bool direct = into.scalar_type() == compute_type(in) && ld == args.in_channels;
+  WeightGrad result{Buffer(direct ? 1 : at_least(1, args.out_channels * ld * bytes)), nullptr, ld};
+  result.values = args.grad_weight = direct ? data_of(into) : result.buffer.data;
   if (batch == 0 || tokens == 0) {
     std::memset(args.grad_weight, 0, args.out_channels * ld * bytes);
     return result;

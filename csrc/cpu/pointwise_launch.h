@@ -80,12 +80,14 @@ class PackedWeight {
 void pointwise(const Tensor& in, const PointwiseWeight& weight, const PointwiseEpilogue& epilogue, const Tensor& out,
                Stage stage);
 
-// sum_{b, n} grad_out[b, m, n] in[b, k, n] for dense images of one compute type, [M, ld] in that type; ld >= K.
+// sum_{b, n} grad_out[b, m, n] in[b, k, n] for dense images of one compute type: [M, ld] values of that type, ld >= K.
 struct WeightGrad {
-  Buffer data;
+  Buffer buffer;
+  void* values;  // in the buffer, or, where that needs no rounding, in the gradient itself
   int64_t ld;
 };
-WeightGrad pointwise_weight_grad(const Tensor& grad_out, const Tensor& in);
+// into: the contiguous gradient, [M, K, 1, 1]; the caller copies `values` there unless they are there already.
+WeightGrad pointwise_weight_grad(const Tensor& grad_out, const Tensor& in, const Tensor& into);
 
 // sum_{b, n} image[b, c, n], dense image.
 std::vector<double> channel_sums(const Tensor& image);
