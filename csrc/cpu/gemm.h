@@ -219,10 +219,9 @@ static inline void finish_token(const T* values, int64_t channels, const T* scal
   constexpr int L = kLanes<T>;
   for (int64_t c = 0; c < channels; c += L) {
     const int64_t left = channels - c;
-    Vec<T> v = load(values + c);
     auto part = [&](const auto* p) { return left >= L ? load_compute(p + c) : load_compute(p + c, left); };
-    if (scale) v = v * part(scale);
-    if (shift) v += part(shift);
+    // Term for term as in finish_channel, so that both round alike.
+    Vec<T> v = load(values + c) * (scale ? part(scale) : broadcast(T(1))) + (shift ? part(shift) : Vec<T>{});
     if (residual) v += part(residual);
     if (left >= L) {
       store_compute(out + c, v);

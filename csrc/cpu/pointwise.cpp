@@ -217,26 +217,34 @@ static std::vector<double> sums_of(const Tensor& image) {
   const int64_t batch = image.size(0), channels = image.size(1), tokens = image.size(2) * image.size(3);
   std::vector<double> sums(channels, 0.0);
   const T* data = static_cast<const T*>(view.data);
-  const bool by_rows = view.stride_w != 1;
+  // Token n of an image goes to chain n % 8, whatever the layout: the chains overlap, and the bits do not depend on it.
+  constexpr int64_t kChains = 8;
+  const int64_t stride_n = view.stride_w, stride_c = view.stride_c;
   torch::stable::parallel_for(0, channels, grain_size(batch * tokens * 4), [&](int64_t begin, int64_t end) {
+    std::vector<double> chains(kChains * (end - begin), 0.0);
     for (int64_t b = 0; b < batch; ++b) {
       const T* first = data + b * view.stride_b;
-      if (by_rows) {
+      if (stride_n != 1) {
         for (int64_t n = 0; n < tokens; ++n) {
-          for (int64_t c = begin; c < end; ++c) sums[c] += static_cast<double>(first[n * view.stride_w + c]);
+          double* chain = chains.data() + n % kChains * (end - begin);
+          for (int64_t c = begin; c < end; ++c) chain[c - begin] += static_cast<double>(first[n * stride_n + c]);
         }
         continue;
       }
       for (int64_t c = begin; c < end; ++c) {
-        double partial[8] = {};  // eight chains, so that the additions overlap
-        const T* row = first + c * view.stride_c;
+        const T* row = first + c * stride_c;
+        double partial[kChains];
+        for (int64_t i = 0; i < kChains; ++i) partial[i] = chains[i * (end - begin) + c - begin];
         int64_t n = 0;
-        for (; n + 8 <= tokens; n += 8) {
-          for (int i = 0; i < 8; ++i) partial[i] += static_cast<double>(row[n + i]);
+        for (; n + kChains <= tokens; n += kChains) {
+          for (int64_t i = 0; i < kChains; ++i) partial[i] += static_cast<double>(row[n + i]);
         }
-        for (; n < tokens; ++n) partial[0] += static_cast<double>(row[n]);
-        for (double p : partial) sums[c] += p;
+        for (int64_t i = 0; n + i < tokens; ++i) partial[i] += static_cast<double>(row[n + i]);
+        for (int64_t i = 0; i < kChains; ++i) chains[i * (end - begin) + c - begin] = partial[i];
       }
+    }
+    for (int64_t c = begin; c < end; ++c) {
+      for (int64_t i = 0; i < kChains; ++i) sums[c] += chains[i * (end - begin) + c - begin];
     }
   });
   return sums;

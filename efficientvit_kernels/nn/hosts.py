@@ -14,6 +14,13 @@ OFFICIAL = "efficientvit.models.nn.ops.LiteMLA"
 TIMM = "timm.models.efficientvit_mit.LiteMLA"
 LITE_MLA_CLASSES = (OWN, OWN_FUSED, OFFICIAL, TIMM)
 
+# The hosts' convolution with norm and activation: forward is dropout, conv, norm, act, each where it exists.
+CONV_LAYER_CLASSES = (
+    "efficientvit_kernels.nn.conv.ConvLayer",
+    "efficientvit.models.nn.ops.ConvLayer",
+    "timm.models.efficientvit_mit.ConvNormAct",
+)
+
 SUBMODULES = ("qkv", "aggreg", "kernel_func", "proj")
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..ops import relu_linear_attention
+from ..ops import lite_mla, multiscale_aggregate, relu_linear_attention
 from ..ops._backends import check_backend
-from ..ops._checks import check_eps, check_image, check_positive_int
+from ..ops._checks import check_bool, check_eps, check_image, check_positive_int
 from .conv import ConvLayer, make_activation
+from .fusion import FusionPlan, autocast_of, foldable, folded, largest_path
 from .hosts import why_not_lite_mla
 
 T = TypeVar("T")
@@ -47,6 +48,7 @@ class LiteMLA(nn.Module):
     """
 
     backend = "reference"
+    recompute = False
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class LiteMLA(nn.Module):
         return self.proj(self._attend(multi_scale))  # type: ignore[no-any-return]
 
     def _attend(self, multi_scale: list[Tensor]) -> Tensor:
-        if isinstance(self.kernel_func, nn.ReLU):
+        if type(self.kernel_func) is nn.ReLU:
             return relu_linear_attention(multi_scale, self.dim, eps=self.eps, backend=self.backend)
         check_backend(type(self).__name__, self.backend, multi_scale[0].device.type)
         return reference.relu_linear_attention(
@@ -120,12 +122,14 @@ class LiteMLA(nn.Module):
 class FusedLiteMLA(LiteMLA):
     """LiteMLA on the fused kernels: a drop-in replacement with the same constructor, weights, keys and outputs.
 
-    No concatenation of the scales, no float32 copies, no relu, pad and division kernels; the attention saves only qkv
-    and a [B, G, D + 1, D] state for the backward. Submodules are called as they are, so adapters, hooks and
-    parametrizations on them keep working.
+    Where the submodules are plain, one op computes the block from x to the projection, an eval-mode BatchNorm included;
+    it saves x and qkv for the backward, where separate convolutions and attention save many times as much. Submodules
+    that are not plain (adapters, hooks, parametrizations, other norms) are called as they are, and the ops serve what
+    lies between. This is judged at every call; `fusion_plan()` tells. Nothing derived from the weights is kept.
 
     Args: as `LiteMLA`, and
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see `efficientvit_kernels.relu_linear_attention`.
+        recompute: save x alone for the backward, and compute qkv again there (where the block is fused whole).
     """
 
     def __init__(
@@ -143,15 +147,17 @@ class FusedLiteMLA(LiteMLA):
         eps: float = 1e-15,
         *,
         backend: str = "auto",
+        recompute: bool = False,
     ) -> None:
         super().__init__(
             in_channels, out_channels, heads, heads_ratio, dim, use_bias, norm, act_func, kernel_func, scales, eps
         )
         check_backend("FusedLiteMLA", backend)
-        self.backend = backend
+        check_bool("FusedLiteMLA", "recompute", recompute)
+        self.backend, self.recompute = backend, recompute
 
     @classmethod
-    def from_module(cls, module: nn.Module, backend: str = "auto") -> FusedLiteMLA:
+    def from_module(cls, module: nn.Module, backend: str = "auto", *, recompute: bool = False) -> FusedLiteMLA:
         """A FusedLiteMLA over the submodules and hooks of an official, timm or own LiteMLA: everything is shared.
 
         Raises:
@@ -162,11 +168,73 @@ class FusedLiteMLA(LiteMLA):
         if reason is not None:
             raise TypeError(f"FusedLiteMLA.from_module: module must be a known LiteMLA, got one that {reason}")
         check_backend("FusedLiteMLA.from_module", backend)
+        check_bool("FusedLiteMLA.from_module", "recompute", recompute)
         fused = cls.__new__(cls)
         # The very dictionaries of submodules and hooks: what is registered or replaced on one is on the other, too.
         fused.__dict__.update(module.__dict__)
-        fused.backend = backend
+        fused.backend, fused.recompute = backend, recompute
         return fused
 
+    def fusion_plan(self) -> FusionPlan:
+        """What the kernels would compute at a call now, and why not more."""
+        return FusionPlan(*largest_path(self))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        path, _ = largest_path(self)
+        if path == "whole":
+            return self._forward_whole(x)
+        qkv = self.qkv(x)
+        if path == "aggregation and attention":
+            multi_scale = self._aggregate(qkv)
+        else:
+            multi_scale = [qkv, *(aggregate(qkv) for aggregate in self.aggreg)]
+        return self.proj(self._attend(multi_scale))  # type: ignore[no-any-return]
+
+    def _forward_whole(self, x: Tensor) -> Tensor:
+        qkv, proj, norm = self.qkv.conv, self.proj.conv, self.proj.norm
+        cast = autocast_of(x.device.type)
+        x = cast(x)
+        scale, shift = None, proj.bias
+        fold = foldable(norm)
+        if fold:
+            scale, shift = folded(norm, proj.bias, x.dtype)
+        elif shift is not None:
+            shift = shift.to(torch.promote_types(x.dtype, torch.float32))
+        y = lite_mla(
+            x,
+            cast(qkv.weight),
+            proj_weight=cast(proj.weight),
+            head_dim=self.dim,
+            qkv_bias=None if qkv.bias is None else cast(qkv.bias),
+            proj_scale=scale,
+            proj_shift=shift,
+            eps=self.eps,
+            recompute=self.recompute,
+            backend=self.backend,
+            **self._aggregation(cast),
+        )
+        if norm is not None and not fold:
+            y = norm(y)
+        return y if self.proj.act is None else self.proj.act(y)
+
+    def _aggregate(self, qkv: Tensor) -> list[Tensor]:
+        cast = autocast_of(qkv.device.type)
+        qkv = cast(qkv)
+        return [qkv, *multiscale_aggregate(qkv, head_dim=self.dim, backend=self.backend, **self._aggregation(cast))]
+
+    def _aggregation(self, cast: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Weights and biases of the aggregation convolutions, as the ops take them."""
+        pairs: Any = self.aggreg
+        depthwise, pointwise = ([pair[i] for pair in pairs] for i in range(2))
+        biased = len(depthwise) > 0 and depthwise[0].bias is not None
+        return {
+            "depthwise_weights": [cast(conv.weight) for conv in depthwise],
+            "pointwise_weights": [cast(conv.weight) for conv in pointwise],
+            "depthwise_biases": [cast(conv.bias) for conv in depthwise] if biased else None,
+            "pointwise_biases": [cast(conv.bias) for conv in pointwise] if biased else None,
+        }
+
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, eps={self.eps}, backend={self.backend!r}"
+        text = f"dim={self.dim}, eps={self.eps}, backend={self.backend!r}"
+        return f"{text}, recompute=True" if self.recompute else text

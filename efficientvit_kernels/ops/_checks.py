@@ -22,6 +22,11 @@ def check_positive_int(op: str, arg: str, value: object) -> None:
         raise ValueError(f"{op}: {arg} must be positive, got {value}")
 
 
+def check_bool(op: str, arg: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {arg} must be a bool, got {type(value).__name__}")
+
+
 def check_eps(op: str, eps: object) -> None:
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"{op}: eps must be a float, got {type(eps).__name__}")

@@ -22,6 +22,7 @@ from ._autograd import (
 from ._backends import choose
 from ._checks import (
     check_aggregation,
+    check_bool,
     check_eps,
     check_image,
     check_like,
@@ -108,8 +109,7 @@ def lite_mla(
         check_like(OP, "residual", residual, "x", x)
         check_shape(OP, "residual", residual, (x.shape[0], proj_weight.shape[0], *x.shape[2:]))
     check_eps(OP, eps)
-    if not isinstance(recompute, bool):
-        raise TypeError(f"{OP}: recompute must be a bool, got {type(recompute).__name__}")
+    check_bool(OP, "recompute", recompute)
     compute = torch.promote_types(x.dtype, torch.float32)
     proj_scale = None if proj_scale is None else proj_scale.to(compute)
     proj_shift = None if proj_shift is None else proj_shift.to(compute)
