@@ -220,8 +220,9 @@ static inline void finish_token(const T* values, int64_t channels, const T* scal
   for (int64_t c = 0; c < channels; c += L) {
     const int64_t left = channels - c;
     auto part = [&](const auto* p) { return left >= L ? load_compute(p + c) : load_compute(p + c, left); };
-    // Term for term as in finish_channel, so that both round alike.
-    Vec<T> v = load(values + c) * (scale ? part(scale) : broadcast(T(1))) + (shift ? part(shift) : Vec<T>{});
+    const Vec<T> factor = scale ? part(scale) : broadcast(T(1)), term = shift ? part(shift) : Vec<T>{};
+    // One expression, as in finish_channel: both become a fused multiply-add, or neither.
+    Vec<T> v = load(values + c) * factor + term;
     if (residual) v += part(residual);
     if (left >= L) {
       store_compute(out + c, v);

@@ -192,7 +192,8 @@ class FusedLiteMLA(LiteMLA):
         return self.proj(self._attend(multi_scale))  # type: ignore[no-any-return]
 
     def _forward_whole(self, x: Tensor) -> Tensor:
-        qkv, proj, norm = self.qkv.conv, self.proj.conv, self.proj.norm
+        qkv, layer = self.qkv.conv, self.proj
+        proj, norm, act = layer.conv, layer.norm, layer.act
         cast = autocast_of(x.device.type)
         x = cast(x)
         scale, shift = None, proj.bias
@@ -216,7 +217,7 @@ class FusedLiteMLA(LiteMLA):
         )
         if norm is not None and not fold:
             y = norm(y)
-        return y if self.proj.act is None else self.proj.act(y)
+        return y if act is None else act(y)
 
     def _aggregate(self, qkv: Tensor) -> list[Tensor]:
         cast = autocast_of(qkv.device.type)
@@ -225,7 +226,7 @@ class FusedLiteMLA(LiteMLA):
 
     def _aggregation(self, cast: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Weights and biases of the aggregation convolutions, as the ops take them."""
-        pairs: Any = self.aggreg
+        pairs: list[Any] = [tuple(pair._modules.values()) for pair in self.aggreg]
         depthwise, pointwise = ([pair[i] for pair in pairs] for i in range(2))
         biased = len(depthwise) > 0 and depthwise[0].bias is not None
         return {
