@@ -72,7 +72,8 @@ def accelerate(model: nn.Module, backend: str = "auto", *, recompute: bool = Fal
         recompute: of the fused modules: save their input alone for the backward.
 
     Returns:
-        A `Report`: what was swapped, and how much of each is fused; what was left, and why (subclasses, look-alikes, other kernel functions).
+        A `Report`: what was swapped, and how much of each is fused; what was left, and why (subclasses, look-alikes,
+        other kernel functions).
 
     Raises:
         TypeError: `model` is no module, or recompute no bool.

@@ -20,6 +20,7 @@ CONV_LAYER_CLASSES = (
     "efficientvit.models.nn.ops.ConvLayer",
     "timm.models.efficientvit_mit.ConvNormAct",
 )
+CONV_LAYER_SUBMODULES = ("dropout", "conv", "norm", "act")
 
 SUBMODULES = ("qkv", "aggreg", "kernel_func", "proj")
 

@@ -137,6 +137,43 @@ def test_training_gradients(case: tuple[nn.Module, int]) -> None:
         assert (ours.grad - theirs.grad).abs().max() <= 1e-8 * theirs.grad.abs().max() + 1e-12, name
 
 
+def test_every_layer_is_fused_whole(case: tuple[nn.Module, int]) -> None:
+    model, count = case
+    report = accelerate(model)
+    assert [swap.plan for swap in report.swapped] == ["whole"] * count
+    assert str(report).count("  whole  (was ") == count
+
+
+def test_the_report_says_what_keeps_a_layer_from_being_fused_whole() -> None:
+    model = own_model()
+    model[1].qkv.conv.register_forward_hook(lambda *_: None)
+    torch.nn.utils.parametrizations.weight_norm(model[2][0].aggreg[0][1])
+    report = accelerate(model)
+    assert [swap.plan for swap in report.swapped] == [
+        "aggregation and attention only: qkv.conv has a forward hook",
+        "attention only: aggreg.0.1 is a ParametrizedConv2d",
+    ]
+    assert "fused  1  aggregation and attention only: qkv.conv has a forward hook  (was efficientvit" in str(report)
+
+
+def test_recompute(case: tuple[nn.Module, int]) -> None:
+    """It reaches every module, a later call changes it, and restore leaves nothing of it behind."""
+    model, _ = case
+    model.double()
+    twin = copy.deepcopy(model)
+    accelerate(model, recompute=True)
+    accelerate(twin)
+    assert {m.recompute for m in model.modules() if isinstance(m, FusedLiteMLA)} == {True}
+    for m in (model, twin):
+        m(image().double()).square().mean().backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)  # type: ignore[arg-type]
+    accelerate(model)
+    assert {m.recompute for m in model.modules() if isinstance(m, FusedLiteMLA)} == {False}
+    restore(model)
+    assert not any("recompute" in m.__dict__ for m in model.modules())
+
+
 def test_timm_keeps_its_eps() -> None:
     model = timm_model()
     accelerate(model)
@@ -284,6 +321,7 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("a single official one", lambda: accelerate(OfficialStandIn(32, 8)), ValueError, "accelerate: model must be a module that contains LiteMLA modules, got a efficientvit.models.nn.ops.LiteMLA"),
     ("unknown backend", lambda: accelerate(own_model(), "gpu"), ValueError, "accelerate: backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'gpu'"),
     ("backend of a wrong type", lambda: accelerate(own_model(), None), ValueError, "accelerate: backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got None"),  # type: ignore[arg-type]
+    ("recompute", lambda: accelerate(own_model(), recompute="yes"), TypeError, "accelerate: recompute must be a bool, got str"),  # type: ignore[arg-type]
     ("triton", lambda: accelerate(own_model(), "triton"), NotImplementedError, "accelerate: backend must be one that can run here, got 'triton'"),
     ("cuda", lambda: accelerate(own_model(), "cuda"), NotImplementedError, "accelerate: backend must be one that can run here, got 'cuda'"),
     ("restore of a fused one", lambda: restore(accelerated()[1]), ValueError, "restore: model must be the model that was accelerated, got one of its fused modules"),
@@ -309,7 +347,7 @@ def test_nothing_changes_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     before = dict(model.named_modules())
     made = []
 
-    def second_fails(module: nn.Module, backend: str) -> nn.Module:
+    def second_fails(module: nn.Module, backend: str, *, recompute: bool) -> nn.Module:
         made.append(module)
         if len(made) == 2:
             raise MemoryError("in the middle")

@@ -46,8 +46,10 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("integers", lambda: fused()(X.long()), TypeError, "FusedLiteMLA: x must be of dtype float16, bfloat16, float32, float64, got int64"),
     ("complex", lambda: fused()(X.cfloat()), TypeError, "FusedLiteMLA: x must be of dtype float16, bfloat16, float32, float64, got complex64"),
     ("no tensor", lambda: fused()([X]), TypeError, "FusedLiteMLA: x must be a tensor, got list"),
-    ("backend cannot run", lambda: fused(backend="cpu").to("meta")(X.to("meta")), NotImplementedError, "relu_linear_attention: backend must be one that can run here, got 'cpu': it needs CPU tensors, these are on meta"),
+    ("backend cannot run", lambda: fused(backend="cpu").to("meta")(X.to("meta")), NotImplementedError, "lite_mla: backend must be one that can run here, got 'cpu': it needs CPU tensors, these are on meta"),
     ("other kernel function", lambda: fused(kernel_func="gelu", backend="cpu").to("meta")(X.to("meta")), NotImplementedError, "FusedLiteMLA: backend must be one that can run here, got 'cpu': it needs CPU tensors, these are on meta"),
+    ("recompute", lambda: fused(recompute=1), TypeError, "FusedLiteMLA: recompute must be a bool, got int"),
+    ("from_module, recompute", lambda: FusedLiteMLA.from_module(LiteMLA(32, 32), recompute=None), TypeError, "FusedLiteMLA.from_module: recompute must be a bool, got NoneType"),  # type: ignore[arg-type]
     ("unknown backend", lambda: fused(backend="fast"), ValueError, f"FusedLiteMLA: backend must be one of {BACKENDS}, got 'fast'"),
     ("missing backend", lambda: fused(backend="triton"), NotImplementedError, "FusedLiteMLA: backend must be one that can run here, got 'triton'"),
     ("no head", lambda: fused(dim=64), ValueError, "LiteMLA: in_channels must give at least one head of dim 64, got 32"),
