@@ -1,65 +1,124 @@
-"""The CPU kernels under the address and undefined-behaviour sanitizers: a read past a tail is a report."""
+"""The CPU library under sanitizers: no access outside a tensor or a piece of scratch memory, no undefined behaviour, no
+race between tasks; and planted faults, which must be reported.
+"""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+import platform
+import re
 
 import pytest
 
-from efficientvit_kernels import _build, _library
+from tests.sanitizing import ISAS, Edit, SanitizedCopy, available, runtimes
 
-CODE = """
-import torch
-import efficientvit_kernels
-from efficientvit_kernels import _library
-from tests.ops.common import SAMPLES, run
-assert efficientvit_kernels.__file__.startswith(WHERE), efficientvit_kernels.__file__
-for sample in SAMPLES:
-    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        out, grads = run(sample.make(dtype), sample.head_dim, sample.eps, "cpu")
-        assert torch.isfinite(out).all() or sample.eps == 0
-print("clean", _library.cpu_isa())
-"""
+pytestmark = [
+    pytest.mark.skipif(runtimes("address") is None, reason="the compiler comes without sanitizer libraries"),
+    pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the edits of the copy are for x86-64"),
+]
+isas = pytest.mark.parametrize("isa", ISAS)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> SanitizedCopy:
+    return SanitizedCopy(tmp_path_factory.mktemp("address"), "address")
+
+
+@pytest.fixture(scope="module")
+def address_baseline(tmp_path_factory: pytest.TempPathFactory) -> SanitizedCopy:
+    return SanitizedCopy(tmp_path_factory.mktemp("address_baseline"), "address", only_baseline=True)
+
+
+@pytest.fixture(scope="module")
+def thread(tmp_path_factory: pytest.TempPathFactory) -> SanitizedCopy:
+    return SanitizedCopy(tmp_path_factory.mktemp("thread"), "thread")
+
+
+@pytest.fixture(scope="module")
+def thread_baseline(tmp_path_factory: pytest.TempPathFactory) -> SanitizedCopy:
+    return SanitizedCopy(tmp_path_factory.mktemp("thread_baseline"), "thread", only_baseline=True)
+
+
+def assert_clean(copy: SanitizedCopy, calls: str, isa: str) -> None:
+    if not available(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    result = copy.run(calls, isa)
+    assert result.returncode == 0, result.stderr[-8000:]
+    assert result.stdout.split()[:2] == ["clean", isa]
+
+
+def test_memory_and_behaviour_quickly(address_baseline: SanitizedCopy) -> None:
+    assert_clean(address_baseline, "quick", "baseline")
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_address_and_undefined_behaviour(isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    order = ["baseline", "avx2", "avx512"]
-    if order.index(isa) > order.index(str(_library.cpu_isa())):
-        pytest.skip(f"this CPU has no {isa}")
-    compiler = _build.compiler() or "g++"
-    found = [
-        subprocess.run(
-            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    if not all(os.path.isabs(path) for path in found):
-        pytest.skip("the compiler comes without sanitizer libraries")
-    package = tmp_path / "efficientvit_kernels"
-    source = _build.ROOT / "efficientvit_kernels"
-    shutil.copytree(source, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
-    monkeypatch.setenv("EFFICIENTVIT_KERNELS_CXXFLAGS", flags)
-    _build.build(tmp_path / "build", package)
-    result = subprocess.run(
-        [sys.executable, "-c", CODE.replace("WHERE", repr(str(tmp_path)))],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(tmp_path), str(_build.ROOT)]),
-            "LD_PRELOAD": " ".join(found),
-            "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch keep memory until the end of the process
-            "EFFICIENTVIT_KERNELS_CPU_ISA": isa,
-        },
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-5000:]
-    assert result.stdout.split() == ["clean", isa]
+@isas
+def test_memory_and_behaviour(isa: str, address: SanitizedCopy) -> None:
+    assert_clean(address, "full", isa)
+
+
+@pytest.mark.nightly
+@isas
+def test_no_races(isa: str, thread: SanitizedCopy) -> None:
+    assert_clean(thread, "threads", isa)
+
+
+OVERFLOW, RACE = "AddressSanitizer: heap-buffer-overflow", "ThreadSanitizer: data race"
+LOOP, LONGER_LOOP = "for (int64_t i = 0; i < count; ++i) ", "for (int64_t i = 0; i <= count; ++i) "
+MEMORY_FAULTS = {
+    "a tail reads one element more": (
+        Edit("vec.h", f"{LOOP}values[i] = p[i];", f"{LONGER_LOOP}values[i] = p[i];"),
+        OVERFLOW,
+    ),
+    "a tail writes one element more": (
+        Edit("vec.h", f"{LOOP}p[i] = values[i];", f"{LONGER_LOOP}p[i] = values[i];"),
+        OVERFLOW,
+    ),
+    "a halo goes on past the image": (
+        Edit("depthwise.h", "take = (hi < width ? hi : width) - first;", "take = hi - first;"),
+        OVERFLOW,
+    ),
+    "packed panels lack their padding": (Edit("gemm.h", "return (depth + 3) / 4 * 4;", "return depth;"), OVERFLOW),
+    "one piece of scratch memory runs into the next": (
+        Edit(
+            "multiscale_aggregate_kernels.h",
+            "    filtered = arena.take((ld_row + 1) * kAggregateLd);",
+            "    filtered = arena.take(kAggregateLd);",
+        ),
+        "AddressSanitizer: use-after-poison",
+    ),
+    "scratch memory is not aligned": (
+        Edit("launch.cpp", "  return buffer.data;", "  return static_cast<char*>(buffer.data) + 2;"),
+        "runtime error: .* misaligned address",
+    ),
+}
+RACES = {
+    "tasks of the attention overlap": Edit(
+        "relu_linear_attention.cpp", "c + 1 == chunks ? tokens : (c + 1) * chunk", "tokens"
+    ),
+    "tasks of the aggregation share their sums": Edit(
+        "multiscale_aggregate.cpp", "+ i * stride * bytes;", "+ i / 2 * stride * bytes;"
+    ),
+    "chunks of a block share their sums": Edit("lite_mla.cpp", "((chunk - 1) * pairs + pair) * numel", "pair * numel"),
+    "threads share their scratch memory": Edit(
+        "launch.cpp", "  thread_local Buffer buffer(0);", "  static Buffer buffer(0);"
+    ),
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", MEMORY_FAULTS)
+def test_planted_memory_faults_are_reported(name: str, address_baseline: SanitizedCopy) -> None:
+    fault, expected = MEMORY_FAULTS[name]
+    with address_baseline.planted(fault):
+        result = address_baseline.run("quick", "baseline")
+    assert result.returncode != 0
+    assert re.search(expected, result.stderr), result.stderr[-8000:]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", RACES)
+def test_planted_races_are_reported(name: str, thread_baseline: SanitizedCopy) -> None:
+    with thread_baseline.planted(RACES[name]):
+        result = thread_baseline.run("threads", "baseline")
+    assert result.returncode != 0
+    assert RACE in result.stderr, result.stderr[-8000:]

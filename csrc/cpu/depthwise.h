@@ -248,47 +248,88 @@ static void depthwise(const T* in, int64_t ld_in, int64_t rows, int64_t cols, co
 
 // --- the gradient of its weights ------------------------------------------------------------------------------------
 
-// One row of taps: sums[dx] += sum_{r, c} grad[r, c] * in[r, c + dx], each as a vector of partial sums.
-template <class T, int kSize>
-static void depthwise_weight_grad_row(const T* grad, int64_t ld_grad, const T* in, int64_t ld_in, int64_t rows,
-                                      int64_t cols, Vec<T>* sums) {
+// R rows of V vectors, one column of taps: acc[dy][j] += sum_r grad[r, j] * in[r + dy, j].
+template <class T, int kSize, int R, int V>
+static inline void depthwise_weight_grad_block(const T* grad, int64_t ld_grad, const T* in, int64_t ld_in, int64_t last,
+                                               Vec<T> (&acc)[kSize][2]) {
   constexpr int L = kLanes<T>;
-  Vec<T> acc[2][kSize] = {};  // even and odd vectors: two chains of additions for every tap
-  for (int dx = 0; dx < kSize; ++dx) acc[0][dx] = sums[dx];
-  for (int64_t r = 0; r < rows; ++r, grad += ld_grad, in += ld_in) {
-    int64_t c = 0;
-    for (; c + 2 * L <= cols; c += 2 * L) {
+  // Both sides end with the row: 0 * NaN from the next row would be NaN.
+  auto part = [&](const T* p, int j) {
+    return j + 1 < V || last == L ? load(p + j * L) : load_compute(p + j * L, last);
+  };
+  Vec<T> g[R][V];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        const Vec<T> g = load(grad + c + half * L);
+    for (int j = 0; j < V; ++j) g[r][j] = part(grad + r * ld_grad, j);
+  }
+#pragma GCC unroll 16
+  for (int y = 0; y < R + kSize - 1; ++y) {
+#pragma GCC unroll 2
+    for (int j = 0; j < V; ++j) {
+      Vec<T> x = part(in + y * ld_in, j);
+      keep_in_register(x);
 #pragma GCC unroll 8
-        for (int dx = 0; dx < kSize; ++dx) acc[half][dx] += g * load(in + c + half * L + dx);
-      }
-    }
-    for (; c < cols; c += L) {
-      const int64_t count = cols - c < L ? cols - c : L;
-      const Vec<T> g = count == L ? load(grad + c) : load_compute(grad + c, count);
-      // Both sides end with the row: 0 * NaN from the next row would be NaN.
-      for (int dx = 0; dx < kSize; ++dx) {
-        acc[1][dx] += g * (count == L ? load(in + c + dx) : load_compute(in + c + dx, count));
-      }
+      for (int dy = y < R ? 0 : y - R + 1; dy <= (y < kSize ? y : kSize - 1); ++dy) acc[dy][j] += g[y - dy][j] * x;
     }
   }
-  for (int dx = 0; dx < kSize; ++dx) sums[dx] = acc[0][dx] + acc[1][dx];
+}
+
+template <class T, int kSize, int V, int R>
+static inline void depthwise_weight_grad_rows(int64_t rows, const T* grad, int64_t ld_grad, const T* in, int64_t ld_in,
+                                              int64_t last, Vec<T> (&acc)[kSize][2]) {
+  if constexpr (R > 0) {
+    if (rows == R) {
+      depthwise_weight_grad_block<T, kSize, R, V>(grad, ld_grad, in, ld_in, last, acc);
+    } else {
+      depthwise_weight_grad_rows<T, kSize, V, R - 1>(rows, grad, ld_grad, in, ld_in, last, acc);
+    }
+  }
+}
+
+template <class T, int kSize, int V>
+static inline void depthwise_weight_grad_columns(int64_t rows, const T* grad, int64_t ld_grad, const T* in,
+                                                 int64_t ld_in, int64_t last, Vec<T> (&acc)[kSize][2]) {
+  constexpr int kRows = 4;
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows, grad += kRows * ld_grad, in += kRows * ld_in) {
+    depthwise_weight_grad_block<T, kSize, kRows, V>(grad, ld_grad, in, ld_in, last, acc);
+  }
+  depthwise_weight_grad_rows<T, kSize, V, kRows - 1>(rows - r, grad, ld_grad, in, ld_in, last, acc);
+}
+
+// sums[dy * size] += for the column of taps that `in` begins at; kSize of its rows are done at once.
+template <class T, int kSize>
+static void depthwise_weight_grad_column(const T* grad, int64_t ld_grad, const T* in, int64_t ld_in, int64_t rows,
+                                         int64_t cols, int64_t size, Vec<T>* sums) {
+  constexpr int L = kLanes<T>, V = kVecRegisters == 32 ? 2 : 1;
+  Vec<T> acc[kSize][2] = {};
+  int64_t c = 0;
+  auto last = [&](int64_t vectors) { return cols - c >= vectors * L ? L : cols - c - (vectors - 1) * L; };
+  if (V == 2) {
+    for (; c + L < cols; c += 2 * L) {
+      depthwise_weight_grad_columns<T, kSize, 2>(rows, grad + c, ld_grad, in + c, ld_in, last(2), acc);
+    }
+  }
+  for (; c < cols; c += L) {
+    depthwise_weight_grad_columns<T, kSize, 1>(rows, grad + c, ld_grad, in + c, ld_in, last(1), acc);
+  }
+  for (int dy = 0; dy < kSize; ++dy) sums[dy * size] += acc[dy][0] + acc[dy][1];
 }
 
 // sums[dy * size + dx] += sum_{r, c} grad[r, c] * in[r + dy, c + dx] over a region whose plane is `in`.
 template <class T>
 static void depthwise_weight_grad(const T* grad, int64_t ld_grad, const T* in, int64_t ld_in, int64_t rows,
                                   int64_t cols, int64_t size, Vec<T>* sums) {
-  for (int64_t dy = 0; dy < size; ++dy, in += ld_in, sums += size) {
+  for (int64_t dx = 0; dx < size; ++dx) {
     if (size == 5) {
-      depthwise_weight_grad_row<T, 5>(grad, ld_grad, in, ld_in, rows, cols, sums);
+      depthwise_weight_grad_column<T, 5>(grad, ld_grad, in + dx, ld_in, rows, cols, size, sums + dx);
     } else if (size == 3) {
-      depthwise_weight_grad_row<T, 3>(grad, ld_grad, in, ld_in, rows, cols, sums);
+      depthwise_weight_grad_column<T, 3>(grad, ld_grad, in + dx, ld_in, rows, cols, size, sums + dx);
     } else {
-      for (int64_t dx = 0; dx < size; ++dx) {
-        depthwise_weight_grad_row<T, 1>(grad, ld_grad, in + dx, ld_in, rows, cols, sums + dx);
+      for (int64_t dy = 0; dy < size; ++dy) {
+        depthwise_weight_grad_column<T, 1>(grad, ld_grad, in + dy * ld_in + dx, ld_in, rows, cols, size,
+                                           sums + dy * size + dx);
       }
     }
   }

@@ -31,22 +31,20 @@ inline constexpr int64_t kPackLd = kPackDepth + 16;
 
 // --- packing --------------------------------------------------------------------------------------------------------
 
-// One panel of a matrix whose rows are contiguous along k.
-template <class S, class T>
-static void pack_panel_by_rows(const S* a, int64_t stride_m, int64_t m, int64_t i0, int64_t depth, T* panel) {
+// out[k * ld + i] = row_of(i)[k] for i < kLanes, k < depth: the transpose of rows that are contiguous.
+template <class T, class RowOf>
+static inline void pack_lanes(RowOf row_of, int64_t depth, T* out, int64_t ld) {
   constexpr int L = kLanes<T>;
-  for (int64_t i = 0; i < kPanelLd; i += L) {
-    const S* row[L];  // past the last row of the matrix, that row again
-    for (int64_t r = 0; r < L; ++r) row[r] = a + (i0 + i + r < m ? i0 + i + r : m - 1) * stride_m;
-    for (int64_t k = 0; k < depth; k += L) {
-      const int64_t count = depth - k < L ? depth - k : L;
-      Vec<T> square[L];
-      for (int64_t r = 0; r < L; ++r) {
-        square[r] = count == L ? load_compute(row[r] + k) : load_compute(row[r] + k, count);
-      }
-      transpose_square<T>(square);
-      for (int64_t c = 0; c < count; ++c) store(panel + (k + c) * kPanelLd + i, square[c]);
+  decltype(row_of(int64_t{})) row[L];
+  for (int64_t r = 0; r < L; ++r) row[r] = row_of(r);
+  for (int64_t k = 0; k < depth; k += L) {
+    const int64_t count = depth - k < L ? depth - k : L;
+    Vec<T> square[L];
+    for (int64_t r = 0; r < L; ++r) {
+      square[r] = count == L ? load_compute(row[r] + k) : load_compute(row[r] + k, count);
     }
+    transpose_square<T>(square);
+    for (int64_t c = 0; c < count; ++c) store(out + (k + c) * ld, square[c]);
   }
 }
 
@@ -58,7 +56,11 @@ static void pack_rows(const S* a, int64_t stride_m, int64_t stride_k, int64_t m,
   const int64_t panel_numel = panel_depth(depth) * kPanelLd;
   if (stride_k == 1) {
     for (int64_t p = p0; p < p1; ++p) {
-      pack_panel_by_rows(a, stride_m, m, first_row(m, p), depth, packed + (p - p0) * panel_numel);
+      for (int64_t i = 0; i < kPanelLd; i += kLanes<T>) {
+        const int64_t i0 = first_row(m, p) + i;
+        auto row = [&](int64_t r) { return a + (i0 + r < m ? i0 + r : m - 1) * stride_m; };  // at the end, the last row
+        pack_lanes<T>(row, depth, packed + (p - p0) * panel_numel + i, kPanelLd);
+      }
     }
   } else {
     constexpr int64_t kTogether = 8;  // panels: a column of one panel alone is less than a cache line
@@ -115,6 +117,14 @@ static void pack_cols(const Tokens<const S>& tokens, int64_t depth, int64_t n0, 
       scatter_row<T>(k, count, depth, packed, [&](int64_t n) {
         return n + L <= count ? load_compute(row + n) : load_compute(row + n, count - n);
       });
+    }
+    return;
+  }
+  if (tokens.stride_c == 1) {
+    for (int64_t n = 0; n < count; n += L) {
+      // Past the last token, that token again.
+      auto token = [&](int64_t i) { return tokens.at(n0 + (n + i < count ? n + i : count - 1)); };
+      pack_lanes<T>(token, depth, packed + n / NR * panel_depth(depth) * NR + n % NR, NR);
     }
     return;
   }

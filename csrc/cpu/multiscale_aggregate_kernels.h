@@ -198,18 +198,20 @@ static Vec<T> sum_of_rows(const T* p, int64_t ld, int64_t rows, int64_t cols) {
   return sum;
 }
 
-// A channel of grad_u, given for the part of the halo that lies in the image, as the plane of a region.
+// A channel of grad_u, given for the part of the halo that lies in the image, as the plane of a region. Whole vectors:
+// what they write past a row's end, the next row overwrites.
 template <class T>
 static void plane_from_halo(const T* compact, const Region& halo, const Region& region, int64_t pad, T* plane) {
   const int64_t ld = region.cols() + 2 * pad, skip = halo.c0 - (region.c0 - pad), take = halo.cols();
   for (int64_t r = region.r0 - pad; r < region.r1 + pad; ++r, plane += ld) {
     if (r < halo.r0 || r >= halo.r1) {
-      clear(plane, ld);
+      clear_ahead(plane, ld);
       continue;
     }
-    clear(plane, skip);
-    __builtin_memcpy(plane + skip, compact + (r - halo.r0) * take, take * sizeof(T));
-    clear(plane + skip + take, ld - skip - take);
+    clear_ahead(plane, skip);
+    const T* row = compact + (r - halo.r0) * take;
+    for (int64_t i = 0; i < take; i += kLanes<T>) store(plane + skip + i, load(row + i));
+    clear_ahead(plane + skip + take, ld - skip - take);
   }
 }
 
