@@ -164,34 +164,41 @@ struct Ahead {
   int64_t left, step;
 };
 
-// Calls write(first row, rows, first column, columns, block), block being [rows, kPanelCols] values, for the row panels
-// [p0, p1) and `count` columns; packed_rows is where panel p0 begins. Sums over [k0, k1) of the packed depth only.
-template <class T, class Write>
-static void multiply_part(const T* packed_rows, int64_t m, int64_t p0, int64_t p1, int64_t depth, int64_t k0,
-                          int64_t k1, const T* packed_cols, int64_t count, Ahead ahead, Write write) {
-  constexpr int L = kLanes<T>, NR = kPanelCols<T>;
-  alignas(kVecBytes) T block[kPanelRows * NR];
-  for (int64_t p = p0; p < p1; ++p) {
-    const int64_t i0 = first_row(m, p), rows = first_row(m, p + 1) - i0;
-    const T* a = packed_rows + ((p - p0) * panel_depth(depth) + k0) * kPanelLd;
-    for (int64_t n = 0; n < count; n += NR) {
-      const int64_t cols = count - n < NR ? count - n : NR;
-      const T* b = packed_cols + n * panel_depth(depth) + k0 * NR;
-      ahead();
-      if (cols > L) {
-        dispatch_rows<T, 1, false, kPanelVectors, kPanelRows>(rows, k1 - k0, a, kPanelLd, b, NR, block, NR);
-      } else {
-        dispatch_rows<T, 1, false, 1, kPanelRows>(rows, k1 - k0, a, kPanelLd, b, NR, block, NR);
-      }
-      write(i0, rows, n, cols, block);
-    }
+// rows x cols results of one panel of A and one of B, to c, whose rows are ldc apart: whole vectors of columns.
+template <class T, bool kAccumulate>
+static inline void multiply_panels(int64_t rows, int64_t cols, int64_t depth, const T* a, const T* b, T* c,
+                                   int64_t ldc) {
+  constexpr int NR = kPanelCols<T>;
+  if (cols > kLanes<T>) {
+    dispatch_rows<T, 1, kAccumulate, kPanelVectors, kPanelRows>(rows, depth, a, kPanelLd, b, NR, c, ldc);
+  } else {
+    dispatch_rows<T, 1, kAccumulate, 1, kPanelRows>(rows, depth, a, kPanelLd, b, NR, c, ldc);
   }
 }
 
-template <class T, class Write>
+// The product of the row panels [p0, p1), which begin at packed_rows, and `count` columns. A writer gets every block of
+// results: in place where writer.target(row, column, columns) names memory, whose rows are writer.target_ld() apart,
+// else as [rows, kPanelCols] values through writer(row, rows, column, columns, block).
+template <class T, class Writer>
 static void multiply(const T* packed_rows, int64_t m, int64_t p0, int64_t p1, int64_t depth, const T* packed_cols,
-                     int64_t count, Ahead ahead, Write write) {
-  multiply_part(packed_rows, m, p0, p1, depth, 0, depth, packed_cols, count, ahead, write);
+                     int64_t count, Ahead ahead, const Writer& writer) {
+  constexpr int NR = kPanelCols<T>;
+  alignas(kVecBytes) T block[kPanelRows * NR];
+  for (int64_t p = p0; p < p1; ++p) {
+    const int64_t i0 = first_row(m, p), rows = first_row(m, p + 1) - i0;
+    const T* a = packed_rows + (p - p0) * panel_depth(depth) * kPanelLd;
+    for (int64_t n = 0; n < count; n += NR) {
+      const int64_t cols = count - n < NR ? count - n : NR;
+      const T* b = packed_cols + n * panel_depth(depth);
+      ahead();
+      if (T* target = writer.target(i0, n, cols)) {
+        multiply_panels<T, false>(rows, cols, depth, a, b, target, writer.target_ld());
+        continue;
+      }
+      multiply_panels<T, false>(rows, cols, depth, a, b, block, NR);
+      writer(i0, rows, n, cols, block);
+    }
+  }
 }
 
 // --- results to an image --------------------------------------------------------------------------------------------
@@ -261,6 +268,18 @@ struct ImageWriter {
     ld = tile_ld(region.tokens());
     rows_tile = tile + (m1 - m0 + 16) * ld;
   }
+
+  // Whole blocks without an epilogue need no rounding and no second look.
+  T* target(int64_t i0, int64_t n, int64_t cols) const {
+    if constexpr (sizeof(S) == sizeof(T)) {
+      const bool plain = !epilogue.scale && !epilogue.shift && !epilogue.residual.data;
+      if (direct && plain && cols == kPanelCols<T>) {
+        return out.data + i0 * out.stride_c + region.r0 * width + region.c0 + n;
+      }
+    }
+    return nullptr;
+  }
+  int64_t target_ld() const { return out.stride_c; }
 
   void operator()(int64_t i0, int64_t rows, int64_t n, int64_t cols, const T* block) const {
     const int64_t first = region.r0 * width + region.c0 + n;

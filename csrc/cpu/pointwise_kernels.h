@@ -84,19 +84,23 @@ static void pointwise_accumulate_kernel(const PointwiseGradArgs& args, int64_t p
   const int64_t ld = col_panels<T>(args.in_channels) * kPanelCols<T>;
   T* grad = static_cast<T*>(args.grad_weight);
   const T* rows_packed = static_cast<const T*>(args.packed_grad) + p0 * panel_depth(args.count) * kPanelLd;
+  const T* cols_packed = static_cast<const T*>(args.packed_in);
+  const int64_t depth = panel_depth(args.count);
   for (int64_t k = 0; k < args.count; k += kGradChain) {
-    const int64_t end = k + kGradChain < args.count ? k + kGradChain : args.count;
-    const bool first = args.first && k == 0;
-    multiply_part(rows_packed, args.out_channels, p0, p1, args.count, k, end, static_cast<const T*>(args.packed_in),
-                  args.in_channels, Ahead(nullptr, 0, 1),
-                  [&](int64_t i0, int64_t rows, int64_t n, int64_t cols, const T* block) {
-                    for (int64_t i = 0; i < rows; ++i, block += kPanelCols<T>) {
-                      T* out = grad + (i0 + i) * ld + n;
-                      for (int64_t c = 0; c < cols; c += kLanes<T>) {
-                        store(out + c, first ? load(block + c) : load(out + c) + load(block + c));
-                      }
-                    }
-                  });
+    const int64_t chain = args.count - k < kGradChain ? args.count - k : kGradChain;
+    for (int64_t p = p0; p < p1; ++p) {
+      const int64_t i0 = first_row(args.out_channels, p), rows = first_row(args.out_channels, p + 1) - i0;
+      const T* a = rows_packed + ((p - p0) * depth + k) * kPanelLd;
+      for (int64_t n = 0; n < ld; n += kPanelCols<T>) {
+        const T* b = cols_packed + n * depth + k * kPanelCols<T>;
+        T* out = grad + i0 * ld + n;
+        if (args.first && k == 0) {
+          multiply_panels<T, false>(rows, kPanelCols<T>, chain, a, b, out, ld);
+        } else {
+          multiply_panels<T, true>(rows, kPanelCols<T>, chain, a, b, out, ld);
+        }
+      }
+    }
   }
 }
 

@@ -13,6 +13,7 @@ from efficientvit_kernels import FusedLiteMLA, LiteMLA
 from efficientvit_kernels.testing import native_calls
 from tests.golden_data import CASES, GOLDEN, golden_grad_out, golden_input, load_golden_state, relative_error
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from efficientvit_kernels import FusedLiteMLA, LiteMLA
 from efficientvit_kernels.testing import native_calls, rule_t
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 HALF = (torch.float16, torch.bfloat16)
 
 
