@@ -1,12 +1,13 @@
 """What rounding does to lite_mla: the exact formula, in float64, with a random rounding error at every stage.
 
-The errors are those that any implementation of the contract makes: the stored tensors qkv and y are rounded to x's
-dtype, and every sum, product and quotient is off by up to half a unit in the last place of float32 (of float64 for
-float64) of the terms that it adds up.
+The errors are those that any implementation of the contract makes: the stored tensors (qkv, y; in the backward what
+passes between the stages) are rounded to x's dtype, and every sum, product and quotient is off by up to half a unit in
+the last place of float32 (of float64 for float64) of the terms that it adds up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def prescribed(arguments: Arguments, seed: int) -> Arguments:
 
 
 class Noise:
-    """Rounding errors of random size and sign, up to eps / 2."""
+    """Rounding errors of random size and sign, up to eps / 2, forward and backward."""
 
     def __init__(self, eps: float, seed: int) -> None:
         self.eps, self.generator = eps, torch.Generator().manual_seed(seed)
@@ -40,9 +41,50 @@ class Noise:
         return x * (1 + self.of(torch.ones_like(x)))
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
-        padding = weight.shape[-1] // 2
-        size = F.conv2d(x.abs(), weight.abs(), None if bias is None else bias.abs(), padding=padding, groups=groups)
-        return F.conv2d(x, weight, bias, padding=padding, groups=groups) + self.of(size)
+        def convolve(*tensors: Tensor) -> Tensor:
+            return F.conv2d(*tensors, padding=weight.shape[-1] // 2, groups=groups)
+
+        result: Tensor = _Multilinear.apply(self, convolve, x, weight, *([] if bias is None else [bias]))
+        return result
+
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        result: Tensor = _Multilinear.apply(self, torch.matmul, a, b)
+        return result
+
+
+class _Multilinear(torch.autograd.Function):
+    """A sum of products with errors in proportion to the sum of their absolute values, in the gradients too."""
+
+    @staticmethod
+    def forward(ctx: Any, noise: Noise, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        ctx.noise, ctx.function = noise, function
+        ctx.save_for_backward(*tensors)
+        return function(*tensors) + noise.of(function(*(tensor.abs() for tensor in tensors)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        exact = _gradients(ctx.function, ctx.saved_tensors, grad)
+        sizes = _gradients(ctx.function, [tensor.abs() for tensor in ctx.saved_tensors], grad.abs())
+        return (None, None, *(g + ctx.noise.of(size) for g, size in zip(exact, sizes, strict=True)))
+
+
+def _gradients(function: Callable[..., Tensor], tensors: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        return torch.autograd.grad(function(*leaves), leaves, grad)
+
+
+class _StoredGradient(torch.autograd.Function):
+    """The identity; its gradient is a tensor that the backward stores in `dtype`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype).double(), None
 
 
 def noisy_block(
@@ -66,9 +108,10 @@ def noisy_block(
             optional[name][s] if name in optional else None for name in ("depthwise_biases", "pointwise_biases")
         )
         between = noise.conv(qkv, depthwise, first, groups=channels)
-        multi_scale.append(noise.conv(between, pointwise, second, groups=channels // head_dim))
+        aggregated = noise.conv(between, pointwise, second, groups=channels // head_dim)
+        multi_scale.append(_StoredGradient.apply(aggregated, dtype))
     out = torch.cat([noisy_attention(noise, packed, head_dim, eps) for packed in multi_scale], dim=1)
-    y = noise.conv(out, proj_weight, None)
+    y = noise.conv(_StoredGradient.apply(out, dtype), proj_weight, None)
     if "proj_scale" in optional:
         y = noise.relative(y * optional["proj_scale"].view(1, -1, 1, 1))
     if "proj_shift" in optional:
@@ -78,10 +121,9 @@ def noisy_block(
 
 def noisy_attention(noise: Noise, packed: Tensor, head_dim: int, eps: float) -> Tensor:
     batch, channels, height, width = packed.shape
-    q, k, v = packed.reshape(batch, channels // (3 * head_dim), 3 * head_dim, -1).split(head_dim, dim=2)
+    q, k, v = packed.reshape(batch, channels // (3 * head_dim), 3 * head_dim, height * width).split(head_dim, dim=2)
     q, k = q.relu(), k.relu()  # [B, heads, D, N]
-    kv = v @ k.mT + noise.of(v.abs() @ k.mT)
-    z = noise.relative(k.sum(-1, keepdim=True))
-    numerator = kv @ q + noise.of(kv.abs() @ q)
-    denominator = noise.relative(z.mT @ q) + eps
+    kv, z = noise.matmul(v, k.mT), noise.matmul(k, torch.ones_like(k[:, :, :1]).mT)
+    numerator = noise.matmul(kv, q)
+    denominator = noise.matmul(z.mT, q) + eps
     return noise.relative(numerator / denominator).reshape(batch, channels // 3, height, width)
