@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.* csrc/*/*.*) efficientvit_kernels/_build.py
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test check format build bench gpu nightly abi sdist clean
+.PHONY: demo test check format build bench gpu sanitize nightly abi sdist clean
 
 demo: $(STAMP)
 	$(BIN)/python -m efficientvit_kernels demo $(if $(IMAGE),--image "$(IMAGE)")
@@ -44,7 +44,12 @@ bench: $(STAMP)
 gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
-# Everything, with long fuzzing and the sanitizers: about half an hour on two cores.
+# Address and undefined-behaviour sanitizers on every instruction set that this CPU has. Races between tasks and planted
+# faults, which must be reported, come with `make nightly`.
+sanitize: $(STAMP)
+	$(BIN)/python -m pytest tests/test_sanitizers.py -k test_memory --nightly
+
+# Everything, with long fuzzing, the sanitizers and their planted faults: about three quarters of an hour on two cores.
 nightly: $(STAMP)
 	EVK_FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest -m "not gpu" --nightly
 

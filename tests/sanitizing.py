@@ -143,6 +143,8 @@ class SanitizedCopy:
                 "LD_PRELOAD": " ".join(self.preloads),
                 "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch keep memory until the end of the process
                 "TSAN_OPTIONS": "halt_on_error=1",
+                # torch's own ops then start no OpenMP threads, whose hand-overs ThreadSanitizer would misread.
+                **({"OMP_NUM_THREADS": "1"} if self.sanitizer == "thread" else {}),
                 "EFFICIENTVIT_KERNELS_CPU_ISA": isa,
                 "EVK_SANITIZED_PACKAGE": str(self.folder),
             },
