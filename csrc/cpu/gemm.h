@@ -148,22 +148,6 @@ static inline int64_t pack_cols_scratch() {
 
 // --- the product ----------------------------------------------------------------------------------------------------
 
-// Memory that the caller will need next, asked for in steps while the product keeps the arithmetic units busy.
-struct Ahead {
-  Ahead(const void* data, int64_t bytes, int64_t steps)
-      : next(static_cast<const char*>(data)), left(bytes), step((bytes / at_least(1, steps) + 127) / 64 * 64) {}
-
-  void operator()() {
-    const int64_t count = left < step ? left : step;
-    for (int64_t i = 0; i < count; i += 64) __builtin_prefetch(next + i, 0, 2);  // into the second-level cache
-    next += count;
-    left -= count;
-  }
-
-  const char* next;
-  int64_t left, step;
-};
-
 // rows x cols results of one panel of A and one of B, to c, whose rows are ldc apart: whole vectors of columns.
 template <class T, bool kAccumulate>
 static inline void multiply_panels(int64_t rows, int64_t cols, int64_t depth, const T* a, const T* b, T* c,
@@ -181,7 +165,7 @@ static inline void multiply_panels(int64_t rows, int64_t cols, int64_t depth, co
 // else as [rows, kPanelCols] values through writer(row, rows, column, columns, block).
 template <class T, class Writer>
 static void multiply(const T* packed_rows, int64_t m, int64_t p0, int64_t p1, int64_t depth, const T* packed_cols,
-                     int64_t count, Ahead ahead, const Writer& writer) {
+                     int64_t count, const Writer& writer) {
   constexpr int NR = kPanelCols<T>;
   alignas(kVecBytes) T block[kPanelRows * NR];
   for (int64_t p = p0; p < p1; ++p) {
@@ -190,7 +174,6 @@ static void multiply(const T* packed_rows, int64_t m, int64_t p0, int64_t p1, in
     for (int64_t n = 0; n < count; n += NR) {
       const int64_t cols = count - n < NR ? count - n : NR;
       const T* b = packed_cols + n * panel_depth(depth);
-      ahead();
       if (T* target = writer.target(i0, n, cols)) {
         multiply_panels<T, false>(rows, cols, depth, a, b, target, writer.target_ld());
         continue;

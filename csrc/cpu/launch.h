@@ -52,6 +52,9 @@ inline Tensor empty_like_weight(const Tensor& weight) {
   return torch::stable::empty(sizes, weight.scalar_type(), std::nullopt, weight.device());
 }
 
+// Without a trip through the dispatcher where nothing is to be done.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 inline void* data_of(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
 
 // Folds away image axes of size 1, whose strides mean nothing, so that more tensors count as free of gaps.

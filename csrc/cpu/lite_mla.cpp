@@ -22,7 +22,7 @@ using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
 
 Tensor as_type(const Tensor& t, ScalarType type) {
-  return t.scalar_type() == type ? torch::stable::contiguous(t) : torch::stable::contiguous(torch::stable::to(t, type));
+  return t.scalar_type() == type ? as_contiguous(t) : as_contiguous(torch::stable::to(t, type));
 }
 
 // Checked weights of one call.
@@ -218,11 +218,10 @@ class Attend {
     const int64_t flops = 2 * args_.height * args_.width * args_.width_k() * args_.out_channels;
     weight.for_each_group(grain_size(batch_ * flops * kStreamPanels / weight.panels()),
                           kernels_.project_bytes(args_, grid, kStreamPanels), Stage::kProjection,
-                          [&](const WeightGroup& group, void* scratch) {
+                          [&](int64_t p0, int64_t p1, void* packed_rows, void* scratch) {
                             for (int64_t i = 0; i < batch_ * tiles; ++i) {
-                              kernels_.project(args_, grid, i / tiles, i % tiles, group.p0, group.p1, group.packed,
-                                               packed_of(i / tiles, i % tiles), i == 0 ? group.next : nullptr,
-                                               i == 0 ? group.next_bytes : 0, scratch);
+                              kernels_.project(args_, grid, i / tiles, i % tiles, p0, p1, packed_rows,
+                                               packed_of(i / tiles, i % tiles), scratch);
                             }
                           });
   }
@@ -244,7 +243,7 @@ class Attend {
         const StageTimer timer(Stage::kProjection);
         const void* rows = weight.at(0);
         if (args_.folded) rows = static_cast<char*>(args_.folded) + b * args_.folded_numel * bytes_;
-        kernels_.project(args_, grid, b, tile, 0, weight.panels(), rows, packed, nullptr, 0, scratch + query_bytes);
+        kernels_.project(args_, grid, b, tile, 0, weight.panels(), rows, packed, scratch + query_bytes);
       }
     });
   }

@@ -53,11 +53,9 @@ struct LiteMlaKernels {
   // The group's rows of the projection's input for one tile: att, or q' / den under the fold, into packed columns.
   void (*query)(const LiteMlaArgs&, const TileGrid&, int64_t b, int64_t g, int64_t tile, void* packed_cols,
                 void* scratch);
-  // Row panels [p0, p1) of y for one tile; packed_rows: panel p0 of W, or of the image's W KV;
-  // ahead: memory to prefetch meanwhile.
+  // Row panels [p0, p1) of y for one tile; packed_rows: panel p0 of W, or of the image's W KV.
   void (*project)(const LiteMlaArgs&, const TileGrid&, int64_t b, int64_t tile, int64_t p0, int64_t p1,
-                  const void* packed_rows, const void* packed_cols, const void* ahead, int64_t ahead_bytes,
-                  void* scratch);
+                  const void* packed_rows, const void* packed_cols, void* scratch);
   Bytes scratch_bytes;  // for state, finish and query
   int64_t (*project_bytes)(const LiteMlaArgs&, const TileGrid&, int64_t row_panels);
   int64_t (*packed_cols_numel)(int64_t n, int64_t depth);

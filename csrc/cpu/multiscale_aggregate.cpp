@@ -97,18 +97,18 @@ Aggregation::Aggregation(const char* op, const Tensor& like, int64_t channels, i
               op, "depthwise_weights", "[channels, 1, k, k] with an odd k", "another shape");
     EVK_CHECK(pointwise.dim() == 4 && pointwise.numel() == channels * head_dim && pointwise.size(1) == head_dim, op,
               "pointwise_weights", "[channels, head_dim, 1, 1]", "another shape");
-    depthwise_.push_back(torch::stable::contiguous(depthwise));
-    pointwise_.push_back(torch::stable::contiguous(pointwise));
+    depthwise_.push_back(as_contiguous(depthwise));
+    pointwise_.push_back(as_contiguous(pointwise));
     AggregateScale scale{
         depthwise.size(2), data_of(depthwise_[s]), data_of(pointwise_[s]), nullptr, nullptr, {}, nullptr};
     if (!depthwise_biases.empty()) {
       check_weight(op, "depthwise_biases", depthwise_biases[s], like, channels);
-      depthwise_bias_.push_back(torch::stable::contiguous(depthwise_biases[s]));
+      depthwise_bias_.push_back(as_contiguous(depthwise_biases[s]));
       scale.depthwise_bias = data_of(depthwise_bias_[s]);
     }
     if (!pointwise_biases.empty()) {
       check_weight(op, "pointwise_biases", pointwise_biases[s], like, channels);
-      pointwise_bias_.push_back(torch::stable::contiguous(pointwise_biases[s]));
+      pointwise_bias_.push_back(as_contiguous(pointwise_biases[s]));
       scale.pointwise_bias = data_of(pointwise_bias_[s]);
     }
     prepared_.emplace_back(at_least(1, parts_ * kernels_.prepared_numel(head_dim, scale.size) * compute_bytes(like)));

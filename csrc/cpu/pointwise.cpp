@@ -36,7 +36,7 @@ bool is_dense(const Tensor& image) {
   return is_nchw || is_channels_last;
 }
 
-Tensor dense(const Tensor& image) { return is_dense(image) ? image : torch::stable::contiguous(image); }
+Tensor dense(const Tensor& image) { return is_dense(image) ? image : as_contiguous(image); }
 
 // As image_of, but axes of size 1 get the strides of one of the two dense formats.
 static ImageTensor dense_image_of(const Tensor& t) {
@@ -61,9 +61,6 @@ PackedWeight::PackedWeight(const PointwiseWeight& weight, StorageType type, cons
     : args_(args_of(weight, in_scale)),
       kernels_(pointwise_kernels_in_use(type)),
       bytes_(type == StorageType::kDouble ? 8 : 4),
-      element_bytes_(type == StorageType::kDouble  ? 8
-                     : type == StorageType::kFloat ? 4
-                                                   : 2),
       panels_(ceil_div(weight.out_channels, kernels_.panel_rows)),
       panel_bytes_(kernels_.packed_rows_numel(kernels_.panel_rows, weight.in_channels) * bytes_),
       buffer_(1) {}
@@ -77,24 +74,8 @@ void PackedWeight::pack_all() {
                               });
 }
 
-WeightGroup PackedWeight::group(int64_t i, int64_t end, char* packed) const {
-  const int64_t groups = ceil_div(panels_, kStreamPanels);
-  WeightGroup group{panels_ * i / groups, panels_ * (i + 1) / groups, packed, nullptr, 0};
-  {
-    const StageTimer timer(Stage::kPackWeights);
-    pack(group.p0, group.p1, packed);
-  }
-  if (i + 1 < end && args_.stride_k == 1 && args_.stride_m == args_.in_channels) {
-    const int64_t row_bytes = args_.in_channels * element_bytes_, M = args_.out_channels;
-    const int64_t m0 = M * group.p1 / panels_, m1 = M * (panels_ * (i + 2) / groups) / panels_;
-    group.next = static_cast<const char*>(args_.weight) + m0 * row_bytes;
-    group.next_bytes = (m1 - m0) * row_bytes;
-  }
-  return group;
-}
-
 void PackedWeight::pack(int64_t p0, int64_t p1, void* into) const {
-  kernels_.pack_rows(args_, {0, p0, p1, 0, 0, into, nullptr, nullptr, 0});
+  kernels_.pack_rows(args_, {0, p0, p1, 0, 0, into, nullptr});
 }
 
 void pointwise(const Tensor& in, const PointwiseWeight& weight, const PointwiseEpilogue& epilogue, const Tensor& out,
@@ -125,16 +106,13 @@ void pointwise(const Tensor& in, const PointwiseWeight& weight, const PointwiseE
           void* scratch = thread_scratch(scratch_bytes);
           const StageTimer timer(stage);
           for (int64_t i = begin; i < end; ++i) {
-            kernels.pack_cols(args, {i / cols, 0, 0, i % cols, i % cols + 1, nullptr, cols_of(i), nullptr, 0}, scratch);
+            kernels.pack_cols(args, {i / cols, 0, 0, i % cols, i % cols + 1, nullptr, cols_of(i)}, scratch);
           }
         });
     packed.for_each_group(grain_size(2 * batch * tokens * args.in_channels * kernels.panel_rows * kStreamPanels),
-                          scratch_bytes, stage, [&](const WeightGroup& group, void* scratch) {
+                          scratch_bytes, stage, [&](int64_t p0, int64_t p1, void* packed_rows, void* scratch) {
                             for (int64_t b = 0; b < batch; ++b) {
-                              kernels.multiply(args,
-                                               {b, group.p0, group.p1, 0, cols, group.packed, cols_of(b * cols),
-                                                b == 0 ? group.next : nullptr, b == 0 ? group.next_bytes : 0},
-                                               scratch);
+                              kernels.multiply(args, {b, p0, p1, 0, cols, packed_rows, cols_of(b * cols)}, scratch);
                             }
                           });
     return;
@@ -152,8 +130,8 @@ void pointwise(const Tensor& in, const PointwiseWeight& weight, const PointwiseE
     const StageTimer timer(stage);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i % blocks, b = i / blocks;
-      const PointwiseTask task{
-          b, 0, rows, cols * block / blocks, cols * (block + 1) / blocks, packed.at(0), packed_cols, nullptr, 0};
+      const PointwiseTask task{b,          0, rows, cols * block / blocks, cols * (block + 1) / blocks, packed.at(0),
+                               packed_cols};
       kernels.pack_cols(args, task, packed_cols + packed_bytes);
       kernels.multiply(args, task, packed_cols + packed_bytes);
     }

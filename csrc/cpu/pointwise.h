@@ -24,8 +24,6 @@ struct PointwiseArgs {
 struct PointwiseTask {
   int64_t b, p0, p1, q0, q1;
   void *packed_rows, *packed_cols;
-  const void* ahead;  // memory to prefetch meanwhile
-  int64_t ahead_bytes;
 };
 
 // One chunk of tokens of one image, for the weight gradient.

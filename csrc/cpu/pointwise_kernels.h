@@ -46,8 +46,7 @@ static void pointwise_kernel(const PointwiseArgs& args, const PointwiseTask& tas
   const ImageWriter<S> writer(tokens_of<S>(args.out, H, W, task.b, 0), epilogue, run, H * W, first_row(M, task.p0),
                               first_row(M, task.p1), static_cast<T*>(scratch));
   multiply(static_cast<const T*>(task.packed_rows), M, task.p0, task.p1, args.in_channels,
-           static_cast<const T*>(task.packed_cols), run.cols(),
-           Ahead(task.ahead, task.ahead_bytes, (task.p1 - task.p0) * col_panels<T>(run.cols())), writer);
+           static_cast<const T*>(task.packed_cols), run.cols(), writer);
   writer.finish();
 }
 

@@ -28,16 +28,9 @@ struct PointwiseEpilogue {
   const Tensor* residual = nullptr;                                    // dense, of out's memory format
 };
 
-// Row panels that one task packs and uses when weights stream through.
-inline constexpr int64_t kStreamPanels = 4;
-
-// Row panels [p0, p1), packed, and the memory of those that the same thread takes next.
-struct WeightGroup {
-  int64_t p0, p1;
-  void* packed;
-  const void* next;
-  int64_t next_bytes;
-};
+// Row panels that a thread packs at once when weights stream through: what it packs is still in the first-level cache
+// when it is used.
+inline constexpr int64_t kStreamPanels = 1;
 
 // A weight as row panels for a product: packed all at once, or a few panels at a time by the thread that uses them.
 class PackedWeight {
@@ -50,29 +43,31 @@ class PackedWeight {
   void pack_all();
   char* at(int64_t panel) const { return static_cast<char*>(buffer_.data) + panel * panel_bytes_; }
 
-  // Calls body(WeightGroup, scratch) for groups of panels, in parallel.
+  // Calls body(p0, p1, packed panels, scratch) for groups of kStreamPanels panels, in parallel.
   template <class Body>
   void for_each_group(int64_t grain, int64_t scratch_bytes, Stage stage, Body body) const {
+    const int64_t groups = (panels_ + kStreamPanels - 1) / kStreamPanels;
     const int64_t packed_bytes = (kStreamPanels * panel_bytes_ + 63) / 64 * 64;
-    torch::stable::parallel_for(0, (panels_ + kStreamPanels - 1) / kStreamPanels, grain,
-                                [&](int64_t begin, int64_t end) {
-                                  char* packed = static_cast<char*>(thread_scratch(packed_bytes + scratch_bytes));
-                                  for (int64_t i = begin; i < end; ++i) {
-                                    const WeightGroup weights = group(i, end, packed);
-                                    const StageTimer timer(stage);
-                                    body(weights, packed + packed_bytes);
-                                  }
-                                });
+    torch::stable::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
+      char* packed = static_cast<char*>(thread_scratch(packed_bytes + scratch_bytes));
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t p0 = panels_ * i / groups, p1 = panels_ * (i + 1) / groups;
+        {
+          const StageTimer timer(Stage::kPackWeights);
+          pack(p0, p1, packed);
+        }
+        const StageTimer timer(stage);
+        body(p0, p1, packed, packed + packed_bytes);
+      }
+    });
   }
 
  private:
   void pack(int64_t p0, int64_t p1, void* into) const;
-  // Packs group i of a thread whose groups end before `end`.
-  WeightGroup group(int64_t i, int64_t end, char* packed) const;
 
   PointwiseArgs args_;
   PointwiseKernels kernels_;
-  int64_t bytes_, element_bytes_, panels_, panel_bytes_;
+  int64_t bytes_, panels_, panel_bytes_;
   Buffer buffer_;
 };
 
