@@ -8,6 +8,7 @@ the last place of float32 (of float64 for float64) of the terms that it adds up.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,21 @@ from tests.ops.block_common import Arguments, in_dtype, results
 
 
 def prescribed(arguments: Arguments, seed: int) -> Arguments:
-    """One draw of the results: output and gradients, the gradients rounded to their dtypes."""
+    """One draw of the results: output and gradients, the gradients rounded to their dtypes.
+
+    A backward computes the aggregated scales again and may store them; every other draw does so, for its gradients.
+    """
     dtype = arguments["x"].dtype
-    noise = Noise(torch.finfo(torch.promote_types(dtype, torch.float32)).eps, seed)
-    found = results(lambda **kwargs: noisy_block(noise, dtype, **kwargs), in_dtype(arguments, torch.float64), dtype)
+    wide = in_dtype(arguments, torch.float64)
+    stored = dtype if seed % 2 else torch.float64
+
+    def block(scales: torch.dtype, **kwargs: Any) -> Tensor:
+        noise = Noise(torch.finfo(torch.promote_types(dtype, torch.float32)).eps, seed)
+        return noisy_block(noise, dtype, scales, **kwargs)
+
+    found = results(partial(block, stored), wide, dtype)
+    if stored != torch.float64:
+        found["out"] = block(torch.float64, **wide)
     vectors = ("grad_proj_scale", "grad_proj_shift")
     return {name: result if name in vectors else result.to(dtype) for name, result in found.items()}
 
@@ -40,20 +52,20 @@ class Noise:
     def relative(self, x: Tensor) -> Tensor:
         return x * (1 + self.of(torch.ones_like(x)))
 
+    def of_terms(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """`function`, which adds and multiplies, with errors in proportion to the absolute values of its terms."""
+        result: Tensor = _SumOfProducts.apply(self, function, *tensors)
+        return result
+
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
         def convolve(*tensors: Tensor) -> Tensor:
             return F.conv2d(*tensors, padding=weight.shape[-1] // 2, groups=groups)
 
-        result: Tensor = _Multilinear.apply(self, convolve, x, weight, *([] if bias is None else [bias]))
-        return result
-
-    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        result: Tensor = _Multilinear.apply(self, torch.matmul, a, b)
-        return result
+        return self.of_terms(convolve, x, weight, *([] if bias is None else [bias]))
 
 
-class _Multilinear(torch.autograd.Function):
-    """A sum of products with errors in proportion to the sum of their absolute values, in the gradients too."""
+class _SumOfProducts(torch.autograd.Function):
+    """Errors in proportion to the sum of the absolute values of the terms, in the gradients too."""
 
     @staticmethod
     def forward(ctx: Any, noise: Noise, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -90,6 +102,7 @@ class _StoredGradient(torch.autograd.Function):
 def noisy_block(
     noise: Noise,
     dtype: torch.dtype,
+    scales: torch.dtype,
     *,
     x: Tensor,
     qkv_weight: Tensor,
@@ -110,20 +123,29 @@ def noisy_block(
         between = noise.conv(qkv, depthwise, first, groups=channels)
         aggregated = noise.conv(between, pointwise, second, groups=channels // head_dim)
         multi_scale.append(_StoredGradient.apply(aggregated, dtype))
-    out = torch.cat([noisy_attention(noise, packed, head_dim, eps) for packed in multi_scale], dim=1)
+    out = torch.cat([noisy_attention(noise, packed, head_dim, eps, scales) for packed in multi_scale], dim=1)
     y = noise.conv(_StoredGradient.apply(out, dtype), proj_weight, None)
     if "proj_scale" in optional:
-        y = noise.relative(y * optional["proj_scale"].view(1, -1, 1, 1))
+        y = noise.of_terms(lambda a, vector: a * vector.view(1, -1, 1, 1), y, optional["proj_scale"])
     if "proj_shift" in optional:
-        y = y + optional["proj_shift"].view(1, -1, 1, 1)
+        y = noise.of_terms(lambda a, vector: a + vector.view(1, -1, 1, 1), y, optional["proj_shift"])
     return (y + optional["residual"] if "residual" in optional else y).to(dtype)
 
 
-def noisy_attention(noise: Noise, packed: Tensor, head_dim: int, eps: float) -> Tensor:
+def noisy_attention(noise: Noise, packed: Tensor, head_dim: int, eps: float, stored: torch.dtype) -> Tensor:
     batch, channels, height, width = packed.shape
-    q, k, v = packed.reshape(batch, channels // (3 * head_dim), 3 * head_dim, height * width).split(head_dim, dim=2)
-    q, k = q.relu(), k.relu()  # [B, heads, D, N]
-    kv, z = noise.matmul(v, k.mT), noise.matmul(k, torch.ones_like(k[:, :, :1]).mT)
-    numerator = noise.matmul(kv, q)
-    denominator = noise.matmul(z.mT, q) + eps
+
+    def state_of(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = packed.reshape(batch, channels // (3 * head_dim), 3 * head_dim, height * width)
+        q, k, v = tokens.split(head_dim, dim=2)  # [B, heads, D, N]
+        q, k = q.relu(), k.relu()
+        ones = torch.ones_like(k[:, :, :1]).mT
+        return q, noise.of_terms(torch.matmul, v, k.mT), noise.of_terms(torch.matmul, k, ones)
+
+    q, kv, z = state_of(packed.to(stored).double())
+    if stored != torch.float64:  # the state is the forward's, of what was not stored; the gradients are of what was
+        _, exact_kv, exact_z = state_of(packed.detach())
+        kv, z = kv + (exact_kv - kv).detach(), z + (exact_z - z).detach()
+    numerator = noise.of_terms(torch.matmul, kv, q)
+    denominator = noise.of_terms(torch.matmul, z.mT, q) + eps
     return noise.relative(numerator / denominator).reshape(batch, channels // 3, height, width)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficientvit_kernels.testing import rule_t, ulp
+from efficientvit_kernels.testing import rule_t
 from tests.ops.block_common import Arguments, in_dtype
 from tests.ops.common import DTYPES, LAYOUTS
 from tests.ops.fuzzing import EXAMPLES, FUZZ
@@ -74,8 +75,8 @@ def test_finite_inputs(sample: Sample, kind: str, dtype: torch.dtype, recompute:
         change_values(kind, arguments, torch.Generator().manual_seed(seed))
     ours, truth = run(arguments, "cpu", recompute), exact(arguments)
     # Ours may err as the exact formula with the prescribed roundings does in a few draws, see tests.ops.rounding. Equal
-    # tokens make sums of equal terms, whose roundings all go the same way.
-    factor = 32 if kind in ("repeated", "zeros") else 4
+    # tokens make sums of equal terms, whose roundings all go the same way, and gradients that cancel.
+    factor = 1 if kind in ("normal", "mixed magnitudes") else 8
     draws: list[Arguments] = []
     for seeds in (range(2), range(2, 12)):
         draws += [prescribed(arguments, draw) for draw in seeds]
@@ -83,7 +84,7 @@ def test_finite_inputs(sample: Sample, kind: str, dtype: torch.dtype, recompute:
         for name, result in ours.items():
             verdict = rule_t(result, truth[name], truth[name])
             base = max(largest_error(draw[name], truth[name]) for draw in draws)
-            budget = factor * base + 2 * ulp(result.dtype, verdict.largest)
+            budget = factor * (4 * base + verdict.budget)
             if not (verdict.masks_agree and verdict.error <= budget):
                 failed[name] = f"{verdict}, largest error of {len(draws)} draws {base:.3g}"
         if not failed:
@@ -99,17 +100,26 @@ def test_finite_inputs(sample: Sample, kind: str, dtype: torch.dtype, recompute:
     seed=st.integers(0, 2**31),
 )
 def test_special_values(sample: Sample, dtype: torch.dtype, places: list[tuple[int, float]], seed: int) -> None:
-    """T3: a pixel that is NaN or inf makes non-finite what the formula in float32 makes so, and nothing else."""
-    arguments = sample.make(dtype, seed)
+    """T3: a pixel that is NaN or inf makes non-finite what the formula in float32 makes so, and nothing else.
+
+    The eps keeps finite gradients in float16's range.
+    """
+    arguments = replace(sample, eps=1e-2).make(dtype, seed)
     x = arguments["x"]
     for place, value in places:
         if x.numel():
             index = torch.unravel_index(torch.tensor(place % x.numel()), x.shape)
             x[(index[0] * (sample.layout != "expanded"), *index[1:])] = value
     found = run(arguments, "cpu")
-    expected = run(in_dtype(arguments, torch.promote_types(dtype, torch.float32)), "reference")
+    wide = in_dtype(arguments, torch.promote_types(dtype, torch.float32))
+    # A tap that lies outside the image for every pixel multiplies a NaN gradient by a padded zero in some of torch's
+    # convolutions and not in others: where two of them differ, either will do.
+    expected = run(wide, "reference")
+    other = run(in_dtype(wide | {"x": x.contiguous()}, torch.float64), "reference")
     for name, result in found.items():
-        assert torch.equal(torch.isfinite(result), torch.isfinite(expected[name].to(result.dtype))), name
+        finite = torch.isfinite(result)
+        first, second = (torch.isfinite(reference[name].to(result.dtype)) for reference in (expected, other))
+        assert torch.equal(finite, torch.where(first == second, first, finite)), name
     assert torch.equal(torch.isnan(found["out"]), torch.isnan(expected["out"]))
 
 
