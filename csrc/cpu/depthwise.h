@@ -144,7 +144,9 @@ static void depthwise_block(const T* in, int64_t ld_in, const T* weights, int64_
                             int64_t last) {
   constexpr int L = kLanes<T>;
   Vec<T> acc[R][V];
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
     for (int j = 0; j < V; ++j) acc[r][j] = broadcast(bias);
   }
   if constexpr (kSize > 0) {
@@ -177,6 +179,7 @@ static void depthwise_block(const T* in, int64_t ld_in, const T* weights, int64_
       }
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r, out += ld_out) {
     for (int j = 0; j + 1 < V; ++j) store(out + j * L, acc[r][j]);
     if (last == L) {

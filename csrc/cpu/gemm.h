@@ -5,6 +5,7 @@
 // on contiguous memory. A panel of results goes through a small buffer to a writer, which applies the epilogue.
 #pragma once
 
+#include "pointwise.h"
 #include "tile.h"
 
 namespace efficientvit_kernels::cpu::EVK_ISA {
@@ -160,26 +161,125 @@ static inline void multiply_panels(int64_t rows, int64_t cols, int64_t depth, co
   }
 }
 
-// The product of the row panels [p0, p1), which begin at packed_rows, and `count` columns. A writer gets every block of
+// Row i of up to 14 that are `stride` bytes apart, from every third one: base plus 1, 2, 4 or 8 strides is one operand,
+// so five pointers serve all rows, where one for each would not fit into the registers.
+struct ThirdRows {
+  const char *row0, *row3, *row6, *row9, *row12;
+
+  ThirdRows(const void* first, int64_t stride)
+      : row0(static_cast<const char*>(first)),
+        row3(row0 + 3 * stride),
+        row6(row3 + 3 * stride),
+        row9(row6 + 3 * stride),
+        row12(row9 + 3 * stride) {}
+
+  const char* at(int i, int64_t stride) const {
+    switch (i) {
+      case 0:
+        return row0;
+      case 1:
+        return row0 + stride;
+      case 2:
+        return row0 + 2 * stride;
+      case 4:
+        return row0 + 4 * stride;
+      case 8:
+        return row0 + 8 * stride;
+      case 3:
+        return row3;
+      case 5:
+        return row3 + 2 * stride;
+      case 7:
+        return row3 + 4 * stride;
+      case 11:
+        return row3 + 8 * stride;
+      case 6:
+        return row6;
+      case 10:
+        return row6 + 4 * stride;
+      case 9:
+        return row9;
+      case 13:
+        return row9 + 4 * stride;
+      default:
+        return row12;
+    }
+  }
+
+  void advance(int64_t bytes) {
+    row0 += bytes, row3 += bytes, row6 += bytes, row9 += bytes, row12 += bytes;
+    // Opaque, or the compiler works out all the rows' pointers after all.
+    asm volatile("" : "+r"(row0), "+r"(row3), "+r"(row6), "+r"(row9), "+r"(row12));
+  }
+};
+
+// As micro_product, with the rows of A as they lie in memory, contiguous along k, `stride` elements apart.
+template <class T, int MR, int NV>
+static void micro_product_by_rows(int64_t depth, const T* a, int64_t stride, const T* b, T* c, int64_t ldc) {
+  constexpr int L = kLanes<T>;
+  Vec<T> acc[MR][NV] = {};
+  ThirdRows rows(a, stride * sizeof(T));
+  for (int64_t k = 0; k < depth; ++k, b += kPanelCols<T>) {
+    Vec<T> row[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) row[j] = load(b + j * L);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      T value;
+      __builtin_memcpy(&value, rows.at(i, stride * static_cast<int64_t>(sizeof(T))), sizeof(T));
+      const Vec<T> ai = broadcast(value);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[i][j] += ai * row[j];
+    }
+    rows.advance(sizeof(T));
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) store(c + j * L, acc[i][j]);
+    c += ldc;
+    asm volatile("" : "+r"(c));  // one running pointer, as in micro_product
+  }
+}
+
+template <class T, int NV, int MR = kPanelRows>
+static inline void multiply_rows(int64_t rows, int64_t depth, const T* a, int64_t stride, const T* b, T* c,
+                                 int64_t ldc) {
+  if constexpr (MR > 0) {
+    if (rows == MR) {
+      micro_product_by_rows<T, MR, NV>(depth, a, stride, b, c, ldc);
+    } else {
+      multiply_rows<T, NV, MR - 1>(rows, depth, a, stride, b, c, ldc);
+    }
+  }
+}
+
+// The product of the row panels [p0, p1), which begin at rows.data, and `count` columns. A writer gets every block of
 // results: in place where writer.target(row, column, columns) names memory, whose rows are writer.target_ld() apart,
 // else as [rows, kPanelCols] values through writer(row, rows, column, columns, block).
 template <class T, class Writer>
-static void multiply(const T* packed_rows, int64_t m, int64_t p0, int64_t p1, int64_t depth, const T* packed_cols,
+static void multiply(const WeightRows& weight, int64_t m, int64_t p0, int64_t p1, int64_t depth, const T* packed_cols,
                      int64_t count, const Writer& writer) {
   constexpr int NR = kPanelCols<T>;
   alignas(kVecBytes) T block[kPanelRows * NR];
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t i0 = first_row(m, p), rows = first_row(m, p + 1) - i0;
-    const T* a = packed_rows + (p - p0) * panel_depth(depth) * kPanelLd;
+    const T* a = static_cast<const T*>(weight.data);
+    a += weight.stride ? (i0 - first_row(m, p0)) * weight.stride : (p - p0) * panel_depth(depth) * kPanelLd;
     for (int64_t n = 0; n < count; n += NR) {
       const int64_t cols = count - n < NR ? count - n : NR;
       const T* b = packed_cols + n * panel_depth(depth);
-      if (T* target = writer.target(i0, n, cols)) {
-        multiply_panels<T, false>(rows, cols, depth, a, b, target, writer.target_ld());
-        continue;
+      T* target = writer.target(i0, n, cols);
+      T* c = target ? target : block;
+      const int64_t ldc = target ? writer.target_ld() : NR;
+      if (weight.stride == 0) {
+        multiply_panels<T, false>(rows, cols, depth, a, b, c, ldc);
+      } else if (cols > kLanes<T>) {
+        multiply_rows<T, kPanelVectors>(rows, depth, a, weight.stride, b, c, ldc);
+      } else {
+        multiply_rows<T, 1>(rows, depth, a, weight.stride, b, c, ldc);
       }
-      multiply_panels<T, false>(rows, cols, depth, a, b, block, NR);
-      writer(i0, rows, n, cols, block);
+      if (!target) writer(i0, rows, n, cols, block);
     }
   }
 }

@@ -218,9 +218,9 @@ class Attend {
     const int64_t flops = 2 * args_.height * args_.width * args_.width_k() * args_.out_channels;
     weight.for_each_group(grain_size(batch_ * flops * kStreamPanels / weight.panels()),
                           kernels_.project_bytes(args_, grid, kStreamPanels), Stage::kProjection,
-                          [&](int64_t p0, int64_t p1, void* packed_rows, void* scratch) {
+                          [&](int64_t p0, int64_t p1, const WeightRows& rows, void* scratch) {
                             for (int64_t i = 0; i < batch_ * tiles; ++i) {
-                              kernels_.project(args_, grid, i / tiles, i % tiles, p0, p1, packed_rows,
+                              kernels_.project(args_, grid, i / tiles, i % tiles, p0, p1, rows,
                                                packed_of(i / tiles, i % tiles), scratch);
                             }
                           });
@@ -241,9 +241,8 @@ class Attend {
           for (int64_t g = 0; g < args_.groups(); ++g) kernels_.query(args_, grid, b, g, tile, packed, scratch);
         }
         const StageTimer timer(Stage::kProjection);
-        const void* rows = weight.at(0);
-        if (args_.folded) rows = static_cast<char*>(args_.folded) + b * args_.folded_numel * bytes_;
-        kernels_.project(args_, grid, b, tile, 0, weight.panels(), rows, packed, scratch + query_bytes);
+        char* rows = args_.folded ? static_cast<char*>(args_.folded) + b * args_.folded_numel * bytes_ : weight.at(0);
+        kernels_.project(args_, grid, b, tile, 0, weight.panels(), {rows, 0}, packed, scratch + query_bytes);
       }
     });
   }

@@ -14,6 +14,7 @@
 #include "isa.h"
 #include "multiscale_aggregate.h"
 #include "plan.h"
+#include "pointwise.h"
 
 namespace efficientvit_kernels::cpu {
 
@@ -53,9 +54,9 @@ struct LiteMlaKernels {
   // The group's rows of the projection's input for one tile: att, or q' / den under the fold, into packed columns.
   void (*query)(const LiteMlaArgs&, const TileGrid&, int64_t b, int64_t g, int64_t tile, void* packed_cols,
                 void* scratch);
-  // Row panels [p0, p1) of y for one tile; packed_rows: panel p0 of W, or of the image's W KV.
+  // Row panels [p0, p1) of y for one tile; rows: panel p0 of W, or of the image's W KV.
   void (*project)(const LiteMlaArgs&, const TileGrid&, int64_t b, int64_t tile, int64_t p0, int64_t p1,
-                  const void* packed_rows, const void* packed_cols, void* scratch);
+                  const WeightRows& rows, const void* packed_cols, void* scratch);
   Bytes scratch_bytes;  // for state, finish and query
   int64_t (*project_bytes)(const LiteMlaArgs&, const TileGrid&, int64_t row_panels);
   int64_t (*packed_cols_numel)(int64_t n, int64_t depth);

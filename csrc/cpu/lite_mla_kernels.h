@@ -189,7 +189,7 @@ static void lite_mla_query_kernel(const LiteMlaArgs& args, const TileGrid& grid,
 
 template <class S>
 static void lite_mla_project_kernel(const LiteMlaArgs& args, const TileGrid& grid, int64_t b, int64_t tile, int64_t p0,
-                                    int64_t p1, const void* packed_rows, const void* packed_cols, void* memory) {
+                                    int64_t p1, const WeightRows& rows, const void* packed_cols, void* memory) {
   using T = Compute<S>;
   const int64_t M = args.out_channels, K = args.width_k(), H = args.height, W = args.width;
   const Region region = grid.region(tile);
@@ -198,8 +198,7 @@ static void lite_mla_project_kernel(const LiteMlaArgs& args, const TileGrid& gri
   const Epilogue<S> epilogue{static_cast<const T*>(args.scale), static_cast<const T*>(args.shift), residual};
   const ImageWriter<S> writer(tokens_of<S>(args.y, H, W, b, 0), epilogue, region, W, first_row(M, p0), first_row(M, p1),
                               static_cast<T*>(memory));
-  multiply(static_cast<const T*>(packed_rows), M, p0, p1, K, static_cast<const T*>(packed_cols), region.tokens(),
-           writer);
+  multiply<T>(rows, M, p0, p1, K, static_cast<const T*>(packed_cols), region.tokens(), writer);
   writer.finish();
 }
 

@@ -63,7 +63,12 @@ PackedWeight::PackedWeight(const PointwiseWeight& weight, StorageType type, cons
       bytes_(type == StorageType::kDouble ? 8 : 4),
       panels_(ceil_div(weight.out_channels, kernels_.panel_rows)),
       panel_bytes_(kernels_.packed_rows_numel(kernels_.panel_rows, weight.in_channels) * bytes_),
-      buffer_(1) {}
+      buffer_(1) {
+  const bool is_compute_type = type == StorageType::kDouble || type == StorageType::kFloat;
+  // Rows whole pages apart would fall into the same set of a first-level cache.
+  const bool apart = weight.stride_m * bytes_ % 4096 != 0;
+  reads_in_place_ = is_compute_type && weight.stride_k == 1 && in_scale == nullptr && apart;
+}
 
 void PackedWeight::pack_all() {
   buffer_ = Buffer(at_least(1, panels_ * panel_bytes_));
@@ -74,8 +79,19 @@ void PackedWeight::pack_all() {
                               });
 }
 
+WeightRows PackedWeight::rows_for(int64_t p0, int64_t p1, void* memory) const {
+  if (reads_in_place_) {
+    const int64_t first = args_.out_channels * p0 / panels_;
+    char* weight = const_cast<char*>(static_cast<const char*>(args_.weight));
+    return {weight + first * args_.stride_m * bytes_, args_.stride_m};
+  }
+  const StageTimer timer(Stage::kPackWeights);
+  pack(p0, p1, memory);
+  return {memory, 0};
+}
+
 void PackedWeight::pack(int64_t p0, int64_t p1, void* into) const {
-  kernels_.pack_rows(args_, {0, p0, p1, 0, 0, into, nullptr});
+  kernels_.pack_rows(args_, {0, p0, p1, 0, 0, {into, 0}, nullptr});
 }
 
 void pointwise(const Tensor& in, const PointwiseWeight& weight, const PointwiseEpilogue& epilogue, const Tensor& out,
@@ -106,13 +122,14 @@ void pointwise(const Tensor& in, const PointwiseWeight& weight, const PointwiseE
           void* scratch = thread_scratch(scratch_bytes);
           const StageTimer timer(stage);
           for (int64_t i = begin; i < end; ++i) {
-            kernels.pack_cols(args, {i / cols, 0, 0, i % cols, i % cols + 1, nullptr, cols_of(i)}, scratch);
+            kernels.pack_cols(args, {i / cols, 0, 0, i % cols, i % cols + 1, {}, cols_of(i)}, scratch);
           }
         });
     packed.for_each_group(grain_size(2 * batch * tokens * args.in_channels * kernels.panel_rows * kStreamPanels),
-                          scratch_bytes, stage, [&](int64_t p0, int64_t p1, void* packed_rows, void* scratch) {
+                          scratch_bytes, stage,
+                          [&](int64_t p0, int64_t p1, const WeightRows& weight_rows, void* scratch) {
                             for (int64_t b = 0; b < batch; ++b) {
-                              kernels.multiply(args, {b, p0, p1, 0, cols, packed_rows, cols_of(b * cols)}, scratch);
+                              kernels.multiply(args, {b, p0, p1, 0, cols, weight_rows, cols_of(b * cols)}, scratch);
                             }
                           });
     return;
@@ -130,8 +147,8 @@ void pointwise(const Tensor& in, const PointwiseWeight& weight, const PointwiseE
     const StageTimer timer(stage);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i % blocks, b = i / blocks;
-      const PointwiseTask task{b,          0, rows, cols * block / blocks, cols * (block + 1) / blocks, packed.at(0),
-                               packed_cols};
+      const PointwiseTask task{
+          b, 0, rows, cols * block / blocks, cols * (block + 1) / blocks, {packed.at(0), 0}, packed_cols};
       kernels.pack_cols(args, task, packed_cols + packed_bytes);
       kernels.multiply(args, task, packed_cols + packed_bytes);
     }

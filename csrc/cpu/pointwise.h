@@ -20,10 +20,17 @@ struct PointwiseArgs {
   int64_t out_channels, in_channels, height, width;
 };
 
-// Row panels [p0, p1) of the weight; column panels [q0, q1) of image b; and where they lie when packed.
+// The rows of a weight from some panel on: packed panels, or, with a stride in elements, the rows themselves.
+struct WeightRows {
+  void* data;
+  int64_t stride;
+};
+
+// Row panels [p0, p1) of the weight; column panels [q0, q1) of image b; and where they lie.
 struct PointwiseTask {
   int64_t b, p0, p1, q0, q1;
-  void *packed_rows, *packed_cols;
+  WeightRows rows;
+  void* packed_cols;
 };
 
 // One chunk of tokens of one image, for the weight gradient.

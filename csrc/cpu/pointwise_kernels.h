@@ -10,7 +10,7 @@ template <class S>
 static void pointwise_pack_rows_kernel(const PointwiseArgs& args, const PointwiseTask& task) {
   using T = Compute<S>;
   pack_rows(static_cast<const S*>(args.weight), args.stride_m, args.stride_k, args.out_channels, args.in_channels,
-            task.p0, task.p1, static_cast<const T*>(args.in_scale), static_cast<T*>(task.packed_rows));
+            task.p0, task.p1, static_cast<const T*>(args.in_scale), static_cast<T*>(task.rows.data));
 }
 
 // The tokens of a task's column panels, as a run: one "row" of an image that is one row high.
@@ -45,8 +45,8 @@ static void pointwise_kernel(const PointwiseArgs& args, const PointwiseTask& tas
   const Epilogue<S> epilogue{static_cast<const T*>(args.scale), static_cast<const T*>(args.shift), residual};
   const ImageWriter<S> writer(tokens_of<S>(args.out, H, W, task.b, 0), epilogue, run, H * W, first_row(M, task.p0),
                               first_row(M, task.p1), static_cast<T*>(scratch));
-  multiply(static_cast<const T*>(task.packed_rows), M, task.p0, task.p1, args.in_channels,
-           static_cast<const T*>(task.packed_cols), run.cols(), writer);
+  multiply<T>(task.rows, M, task.p0, task.p1, args.in_channels, static_cast<const T*>(task.packed_cols), run.cols(),
+              writer);
   writer.finish();
 }
 

@@ -32,7 +32,7 @@ struct PointwiseEpilogue {
 // when it is used.
 inline constexpr int64_t kStreamPanels = 1;
 
-// A weight as row panels for a product: packed all at once, or a few panels at a time by the thread that uses them.
+// A weight as row panels for a product: packed all at once, or panel by panel by the thread that uses them.
 class PackedWeight {
  public:
   // in_scale: as in PointwiseEpilogue.
@@ -43,7 +43,8 @@ class PackedWeight {
   void pack_all();
   char* at(int64_t panel) const { return static_cast<char*>(buffer_.data) + panel * panel_bytes_; }
 
-  // Calls body(p0, p1, packed panels, scratch) for groups of kStreamPanels panels, in parallel.
+  // Calls body(p0, p1, WeightRows, scratch) for groups of kStreamPanels panels, in parallel. Rows that the product can
+  // read where they are stay there: with few columns, packing would cost as much as it saves.
   template <class Body>
   void for_each_group(int64_t grain, int64_t scratch_bytes, Stage stage, Body body) const {
     const int64_t groups = (panels_ + kStreamPanels - 1) / kStreamPanels;
@@ -52,23 +53,22 @@ class PackedWeight {
       char* packed = static_cast<char*>(thread_scratch(packed_bytes + scratch_bytes));
       for (int64_t i = begin; i < end; ++i) {
         const int64_t p0 = panels_ * i / groups, p1 = panels_ * (i + 1) / groups;
-        {
-          const StageTimer timer(Stage::kPackWeights);
-          pack(p0, p1, packed);
-        }
+        const WeightRows rows = rows_for(p0, p1, packed);
         const StageTimer timer(stage);
-        body(p0, p1, packed, packed + packed_bytes);
+        body(p0, p1, rows, packed + packed_bytes);
       }
     });
   }
 
  private:
   void pack(int64_t p0, int64_t p1, void* into) const;
+  WeightRows rows_for(int64_t p0, int64_t p1, void* memory) const;
 
   PointwiseArgs args_;
   PointwiseKernels kernels_;
   int64_t bytes_, panels_, panel_bytes_;
   Buffer buffer_;
+  bool reads_in_place_;
 };
 
 // out = weight . in, see pointwise.h. `in` and `out` are dense.
