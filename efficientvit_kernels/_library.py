@@ -9,6 +9,8 @@ import ctypes
 import os
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -85,6 +87,32 @@ def cpu_calls() -> int:
         return 0
     _cpu.efficientvit_kernels_cpu_calls.restype = ctypes.c_int64
     return int(_cpu.efficientvit_kernels_cpu_calls())
+
+
+@contextmanager
+def stage_seconds() -> Iterator[dict[str, float]]:
+    """Fills the yielded dictionary, at the end, with the CPU time of every stage of the CPU ops that ran meanwhile.
+
+    CPU time is summed over threads: with two threads at work, twice what a clock shows.
+    """
+    seconds: dict[str, float] = {}
+    if _cpu is None:
+        yield seconds
+        return
+    _cpu.efficientvit_kernels_cpu_stage_ns.restype = ctypes.c_int64
+    _cpu.efficientvit_kernels_cpu_stage_name.restype = ctypes.c_char_p
+    _cpu.efficientvit_kernels_cpu_time_stages.argtypes = [ctypes.c_bool]
+    _cpu.efficientvit_kernels_cpu_time_stages(True)
+    try:
+        yield seconds
+        stage = 0
+        while (name := _cpu.efficientvit_kernels_cpu_stage_name(stage)) is not None:
+            nanoseconds = _cpu.efficientvit_kernels_cpu_stage_ns(stage)
+            if nanoseconds:
+                seconds[name.decode()] = nanoseconds / 1e9
+            stage += 1
+    finally:
+        _cpu.efficientvit_kernels_cpu_time_stages(False)
 
 
 _check_wanted_isa()
