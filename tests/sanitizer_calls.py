@@ -1,4 +1,4 @@
-"""The calls that run under a sanitizer: python -m tests.sanitizer_calls {quick,full,threads}
+"""The calls that run under a sanitizer: python -m tests.sanitizer_calls {quick,awkward,full,threads}
 
 Forward and backward of every op on the samples of its tests and on the awkward ones below, which sit on the edges that
 the kernels cut along: vectors, tiles, panels, chunks, fold or no fold. Right values are the business of other tests.
@@ -86,9 +86,13 @@ def quick() -> list[Call]:
     return [Call(sample, DTYPES[i % len(DTYPES)]) for i, sample in enumerate(AWKWARD[::2])]
 
 
+def awkward() -> list[Call]:
+    return [Call(sample, dtype) for sample in AWKWARD for dtype in DTYPES]
+
+
 def full() -> list[Call]:
     """The awkward samples in every dtype, those of the tests in two dtypes each, in turn."""
-    calls = [Call(sample, dtype) for sample in AWKWARD for dtype in DTYPES]
+    calls = awkward()
     for i, sample in enumerate([*common.SAMPLES, *aggregate_samples.SAMPLES, *lite_mla_samples.SAMPLES]):
         calls += [Call(sample, dtype) for dtype in (DTYPES[i % 2], DTYPES[2 + i % 2])]
     return calls
@@ -109,7 +113,7 @@ def run_all(calls: Iterable[Call]) -> None:
 def main(which: str) -> None:
     home = os.environ["EVK_SANITIZED_PACKAGE"]
     assert efficientvit_kernels.__file__.startswith(home), efficientvit_kernels.__file__
-    calls = {"quick": quick, "full": full, "threads": threads}[which]()
+    calls = {"quick": quick, "awkward": awkward, "full": full, "threads": threads}[which]()
     before = _library.cpu_calls()
     run_all(calls)
     if which == "threads":

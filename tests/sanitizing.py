@@ -6,7 +6,8 @@ What GCC's sanitizers would not see on their own is made visible by edits of the
   red zones: the library's first access outside one is a report, although torch itself is not instrumented. What lies
   inside a storage but outside a view of it is not seen, so most samples are dense.
 - Masked loads and stores are intrinsics, and those are not instrumented. The copy takes the loops over single elements
-  that the baseline has; the masks themselves are tests/test_guard_pages.py's business.
+  that the baseline has. The masks themselves run in a third kind of copy, "guards": no sanitizer, but tensors and
+  scratch memory that end where a forbidden page begins (tests/guard_pages.cpp).
 - Scratch memory is kept from call to call, and pieces of it lie side by side. The copy allocates exactly what is asked
   for, and puts a red zone between the pieces.
 """
@@ -28,8 +29,11 @@ ISAS = ["baseline", "avx2", "avx512"]
 FLAGS = {
     "address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1",
     "thread": "-fsanitize=thread -g1 -O1",
+    "guards": "-O1",
 }
-RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
+RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",), "guards": ()}
+# What is loaded before torch, beside the runtimes.
+INTERPOSERS = {"thread": "thread_pool.cpp", "guards": "guard_pages.cpp"}
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,8 @@ ELEMENTWISE_TAILS = (
         "#elif 0\nstatic inline __m256i first_lanes",
     ),
 )
-EXACT_SCRATCH = (
-    Edit("launch.cpp", "if (bytes > size)", "if (bytes != size)"),
+EXACT_SIZE = Edit("launch.cpp", "if (bytes > size)", "if (bytes != size)")
+RED_ZONES = (
     Edit("tile.h", "#pragma once\n", "#pragma once\n#include <sanitizer/asan_interface.h>\n"),
     Edit(
         "tile.h",
@@ -65,6 +69,11 @@ EXACT_SCRATCH = (
         "  ~Arena() { if (memory) ASAN_UNPOISON_MEMORY_REGION(memory, used * sizeof(T)); }\n",
     ),
 )
+EDITS = {
+    "address": (*ELEMENTWISE_TAILS, EXACT_SIZE, *RED_ZONES),
+    "thread": ELEMENTWISE_TAILS,
+    "guards": (EXACT_SIZE,),
+}
 ONE_INSTRUCTION_SET = (
     Edit("isa.h", "#if defined(__x86_64__)\n#define EVK_DECLARE_KERNELS", "#if 0\n#define EVK_DECLARE_KERNELS"),
 )
@@ -90,7 +99,7 @@ class SanitizedCopy:
         source, package = _build.ROOT / "efficientvit_kernels", folder / "efficientvit_kernels"
         shutil.copytree(source, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
         shutil.copytree(_build.ROOT / "csrc", folder / "csrc")
-        edits = [*ELEMENTWISE_TAILS, *(EXACT_SCRATCH if sanitizer == "address" else ())]
+        edits = list(EDITS[sanitizer])
         if only_baseline:
             edits += ONE_INSTRUCTION_SET
             for isa in ISAS[1:]:
@@ -98,8 +107,8 @@ class SanitizedCopy:
         for edit in edits:
             self._apply(edit)
         self.preloads = runtimes(sanitizer) or []
-        if sanitizer == "thread":
-            self.preloads.append(str(_thread_pool(folder)))
+        if sanitizer in INTERPOSERS:
+            self.preloads.append(str(self._interposer()))
         self.build()
 
     def _apply(self, edit: Edit) -> None:
@@ -118,6 +127,13 @@ class SanitizedCopy:
             check=False,
         )
         assert result.returncode == 0, result.stdout[-5000:]
+
+    def _interposer(self) -> Path:
+        library = self.folder / "interposer.so"
+        source = _build.ROOT / "tests" / INTERPOSERS[self.sanitizer]
+        command = [_build.compiler() or "g++", "-std=c++20", "-fPIC", "-shared", *FLAGS[self.sanitizer].split()]
+        subprocess.run([*command, str(source), "-o", str(library)], check=True)
+        return library
 
     @contextmanager
     def planted(self, *faults: Edit) -> Iterator[None]:
@@ -153,14 +169,6 @@ class SanitizedCopy:
             text=True,
             check=False,
         )
-
-
-def _thread_pool(folder: Path) -> Path:
-    """tests/thread_pool.cpp, which takes the place of torch's parallel_for."""
-    library = folder / "thread_pool.so"
-    command = [_build.compiler() or "g++", "-std=c++20", "-fPIC", "-shared", *FLAGS["thread"].split()]
-    subprocess.run([*command, str(_build.ROOT / "tests" / "thread_pool.cpp"), "-o", str(library)], check=True)
-    return library
 
 
 def _fixed_addresses() -> list[str]:

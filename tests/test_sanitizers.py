@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import platform
 import re
+import signal
 
 import pytest
 
@@ -26,6 +27,11 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> SanitizedCopy:
 @pytest.fixture(scope="module")
 def address_baseline(tmp_path_factory: pytest.TempPathFactory) -> SanitizedCopy:
     return SanitizedCopy(tmp_path_factory.mktemp("address_baseline"), "address", only_baseline=True)
+
+
+@pytest.fixture(scope="module")
+def guards(tmp_path_factory: pytest.TempPathFactory) -> SanitizedCopy:
+    return SanitizedCopy(tmp_path_factory.mktemp("guards"), "guards")
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +60,12 @@ def test_memory_and_behaviour_quickly(address_baseline: SanitizedCopy) -> None:
 @isas
 def test_memory_and_behaviour(isa: str, address: SanitizedCopy) -> None:
     assert_clean(address, "full", isa)
+
+
+@pytest.mark.nightly
+@isas
+def test_memory_before_forbidden_pages(isa: str, guards: SanitizedCopy) -> None:
+    assert_clean(guards, "awkward", isa)
 
 
 @pytest.mark.nightly
@@ -120,6 +132,14 @@ def test_planted_memory_faults_are_reported(name: str, address_baseline: Sanitiz
         result = address_baseline.run("quick", "baseline")
     assert result.returncode != 0
     assert re.search(expected, result.stderr), result.stderr[-8000:]
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not available("avx512"), reason="this CPU has no avx512")
+def test_a_planted_mask_fault_hits_a_forbidden_page(guards: SanitizedCopy) -> None:
+    with guards.planted(Edit("vec.h", "(1u << count) - 1", "(2u << count) - 1")):
+        result = guards.run("awkward", "avx512")
+    assert result.returncode == -signal.SIGSEGV, result.stderr[-8000:]
 
 
 @pytest.mark.nightly
