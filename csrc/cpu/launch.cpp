@@ -42,12 +42,10 @@ void* thread_scratch(int64_t bytes) {
   return buffer.data;
 }
 
-namespace {
-template <class T>
-void store_as(const T* values, int64_t count, T factor, StorageType type, void* out, int64_t offset) {
+void store_rounded(const double* values, int64_t count, StorageType type, void* out, int64_t offset) {
   auto store = [&](auto* first) {
-    using Stored = std::remove_pointer_t<decltype(first)>;
-    for (int64_t i = 0; i < count; ++i) first[offset + i] = static_cast<Stored>(factor * values[i]);
+    for (int64_t i = 0; i < count; ++i)
+      first[offset + i] = static_cast<std::remove_pointer_t<decltype(first)>>(values[i]);
   };
   switch (type) {
     case StorageType::kDouble:
@@ -59,14 +57,6 @@ void store_as(const T* values, int64_t count, T factor, StorageType type, void* 
     default:
       return store(static_cast<float*>(out));
   }
-}
-}  // namespace
-
-void store_rounded(const double* values, int64_t count, double factor, StorageType type, void* out, int64_t offset) {
-  store_as(values, count, factor, type, out, offset);
-}
-void store_rounded(const float* values, int64_t count, float factor, StorageType type, void* out, int64_t offset) {
-  store_as(values, count, factor, type, out, offset);
 }
 
 }  // namespace efficientvit_kernels::cpu

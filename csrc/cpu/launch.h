@@ -23,9 +23,8 @@ using torch::stable::Tensor;
 // One more call of a registered op; `native_calls` in testing.py reads the sum.
 void count_call();
 
-// out[offset + i] = factor * values[i], rounded once to the storage type.
-void store_rounded(const double* values, int64_t count, double factor, StorageType type, void* out, int64_t offset);
-void store_rounded(const float* values, int64_t count, float factor, StorageType type, void* out, int64_t offset);
+// out[offset + i] = values[i], rounded once to the storage type.
+void store_rounded(const double* values, int64_t count, StorageType type, void* out, int64_t offset);
 
 StorageType storage_type(const Tensor& t, const char* op, const char* arg);
 

@@ -12,12 +12,12 @@ namespace {
 template <class T>
 void store_weight_grad(const WeightGrad& grad, const Tensor& out, const T* factors) {
   if (grad.values == data_of(out) && factors == nullptr) return;
-  const StorageType type = storage_type(out, "lite_mla_bwd", "weight");
-  const int64_t rows = out.size(0), cols = out.size(1);
+  const PointwiseKernels kernels = pointwise_kernels_in_use(storage_type(out, "lite_mla_bwd", "weight"));
+  const int64_t rows = out.size(0), cols = out.size(1), row_bytes = cols * out.element_size();
   torch::stable::parallel_for(0, rows, grain_size(8 * cols), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
-      const T* from = static_cast<const T*>(grad.values) + m * grad.ld;
-      store_rounded(from, cols, factors ? factors[m] : T(1), type, data_of(out), m * cols);
+      kernels.round(static_cast<const T*>(grad.values) + m * grad.ld, cols, factors ? factors[m] : T(1),
+                    static_cast<char*>(data_of(out)) + m * row_bytes);
     }
   });
 }
@@ -32,7 +32,7 @@ Tensor weight_grad(const Tensor& grad_out, const Tensor& in, const Tensor& weigh
 Tensor rounded_vector(const std::vector<double>& values, const Tensor& like, ScalarType type) {
   const int64_t sizes[] = {static_cast<int64_t>(values.size())};
   Tensor out = torch::stable::empty(sizes, type, std::nullopt, like.device());
-  store_rounded(values.data(), sizes[0], 1.0, storage_type(out, "lite_mla_bwd", "vector"), data_of(out), 0);
+  store_rounded(values.data(), sizes[0], storage_type(out, "lite_mla_bwd", "vector"), data_of(out), 0);
   return out;
 }
 

@@ -67,7 +67,7 @@ void reduce_tasks(const T* partial, int64_t batch, int64_t parts, int64_t chunks
           for (int64_t i = 0; i < numel; ++i) sum[i] += from[i];
         }
       }
-      store_rounded(sum.data(), numel, 1.0, type, data_of(out), part * numel);
+      store_rounded(sum.data(), numel, type, data_of(out), part * numel);
     }
   });
 }

@@ -51,6 +51,8 @@ struct PointwiseKernels {
   void (*pack_grad)(const PointwiseGradArgs&, int64_t p0, int64_t p1);
   void (*pack_in)(const PointwiseGradArgs&, int64_t q0, int64_t q1, void* scratch);
   void (*accumulate)(const PointwiseGradArgs&, int64_t p0, int64_t p1);
+  // out[i] = values[i] * factor, rounded once to the storage type.
+  void (*round)(const void* values, int64_t count, double factor, void* out);
   int64_t (*packed_rows_numel)(int64_t m, int64_t depth);
   int64_t (*packed_cols_numel)(int64_t n, int64_t depth);
   int64_t panel_rows, panel_cols, scratch_numel;  // scratch_numel: of pack_in

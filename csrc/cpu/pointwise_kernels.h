@@ -103,6 +103,17 @@ static void pointwise_accumulate_kernel(const PointwiseGradArgs& args, int64_t p
   }
 }
 
+template <class S>
+static void pointwise_round_kernel(const void* values, int64_t count, double factor, void* out) {
+  using T = Compute<S>;
+  const Vec<T> f = broadcast(static_cast<T>(factor));
+  const T* from = static_cast<const T*>(values);
+  S* to = static_cast<S*>(out);
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) store_compute(to + i, load(from + i) * f);
+  if (i < count) store_compute(to + i, load_compute(from + i, count - i) * f, count - i);
+}
+
 // --- table ----------------------------------------------------------------------------------------------------------
 
 template <class S>
@@ -115,6 +126,7 @@ static PointwiseKernels pointwise_kernels_for() {
           pointwise_pack_grad_kernel<S>,
           pointwise_pack_in_kernel<S>,
           pointwise_accumulate_kernel<S>,
+          pointwise_round_kernel<S>,
           packed_rows_numel,
           packed_cols_numel<T>,
           kPanelRows,
