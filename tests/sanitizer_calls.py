@@ -91,11 +91,9 @@ def awkward() -> list[Call]:
 
 
 def full() -> list[Call]:
-    """The awkward samples in every dtype, those of the tests in two dtypes each, in turn."""
-    calls = awkward()
-    for i, sample in enumerate([*common.SAMPLES, *aggregate_samples.SAMPLES, *lite_mla_samples.SAMPLES]):
-        calls += [Call(sample, dtype) for dtype in (DTYPES[i % 2], DTYPES[2 + i % 2])]
-    return calls
+    """The awkward samples in every dtype, those of the tests in one dtype each, in turn."""
+    samples = [*common.SAMPLES, *aggregate_samples.SAMPLES, *lite_mla_samples.SAMPLES]
+    return awkward() + [Call(sample, DTYPES[i % len(DTYPES)]) for i, sample in enumerate(samples)]
 
 
 def threads() -> list[Call]:

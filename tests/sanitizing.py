@@ -44,6 +44,11 @@ class Edit:
     old: str
     new: str
 
+    def applied(self, text: str) -> str:
+        found = text.count(self.old)
+        assert found == 1, f"{self.file} has changed, {self.old!r} stands in it {found} times: adapt the edit"
+        return text.replace(self.old, self.new)
+
 
 ELEMENTWISE_TAILS = (
     Edit(
@@ -113,9 +118,7 @@ class SanitizedCopy:
 
     def _apply(self, edit: Edit) -> None:
         path = self.folder / "csrc" / "cpu" / edit.file
-        text = path.read_text()
-        assert text.count(edit.old) == 1, f"{edit.file} has changed, and {edit.old!r} is not in it once: adapt the edit"
-        path.write_text(text.replace(edit.old, edit.new))
+        path.write_text(edit.applied(path.read_text()))
 
     def build(self) -> None:
         # The copy's own _build.py: it finds the sources beside itself.

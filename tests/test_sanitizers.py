@@ -10,7 +10,8 @@ import signal
 
 import pytest
 
-from tests.sanitizing import ISAS, Edit, SanitizedCopy, available, runtimes
+from efficientvit_kernels import _build
+from tests.sanitizing import EDITS, ISAS, ONE_INSTRUCTION_SET, Edit, SanitizedCopy, available, runtimes
 
 pytestmark = [
     pytest.mark.skipif(runtimes("address") is None, reason="the compiler comes without sanitizer libraries"),
@@ -110,6 +111,7 @@ MEMORY_FAULTS = {
         "runtime error: .* misaligned address",
     ),
 }
+MASK_FAULT = Edit("vec.h", "(1u << count) - 1", "(2u << count) - 1")
 RACES = {
     "tasks of the attention overlap": Edit(
         "relu_linear_attention.cpp", "c + 1 == chunks ? tokens : (c + 1) * chunk", "tokens"
@@ -117,11 +119,20 @@ RACES = {
     "tasks of the aggregation share their sums": Edit(
         "multiscale_aggregate.cpp", "+ i * stride * bytes;", "+ i / 2 * stride * bytes;"
     ),
-    "chunks of a block share their sums": Edit("lite_mla.cpp", "((chunk - 1) * pairs + pair) * numel", "pair * numel"),
+    "chunks of a block share their sums": Edit(
+        "lite_mla_launch.h", "((chunk - 1) * pairs + pair) * numel", "pair * numel"
+    ),
     "threads share their scratch memory": Edit(
         "launch.cpp", "  thread_local Buffer buffer(0);", "  static Buffer buffer(0);"
     ),
 }
+
+
+def test_edits_find_their_places() -> None:
+    """On every push, so that a change of the sources is not found out by the nightly run."""
+    edits = {edit for edits in EDITS.values() for edit in edits} | {*ONE_INSTRUCTION_SET, MASK_FAULT, *RACES.values()}
+    for edit in edits | {fault for fault, _ in MEMORY_FAULTS.values()}:
+        edit.applied((_build.ROOT / "csrc" / "cpu" / edit.file).read_text())
 
 
 @pytest.mark.nightly
@@ -137,7 +148,7 @@ def test_planted_memory_faults_are_reported(name: str, address_baseline: Sanitiz
 @pytest.mark.nightly
 @pytest.mark.skipif(not available("avx512"), reason="this CPU has no avx512")
 def test_a_planted_mask_fault_hits_a_forbidden_page(guards: SanitizedCopy) -> None:
-    with guards.planted(Edit("vec.h", "(1u << count) - 1", "(2u << count) - 1")):
+    with guards.planted(MASK_FAULT):
         result = guards.run("awkward", "avx512")
     assert result.returncode == -signal.SIGSEGV, result.stderr[-8000:]
 
