@@ -214,7 +214,7 @@ struct ThirdRows {
 };
 
 // As micro_product, with the rows of A as they lie in memory, contiguous along k, `stride` elements apart.
-template <class T, int MR, int NV>
+template <class T, bool kAccumulate, int MR, int NV>
 static void micro_product_by_rows(int64_t depth, const T* a, int64_t stride, const T* b, T* c, int64_t ldc) {
   constexpr int L = kLanes<T>;
   Vec<T> acc[MR][NV] = {};
@@ -236,21 +236,38 @@ static void micro_product_by_rows(int64_t depth, const T* a, int64_t stride, con
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) store(c + j * L, acc[i][j]);
+    for (int j = 0; j < NV; ++j) store(c + j * L, kAccumulate ? load(c + j * L) + acc[i][j] : acc[i][j]);
     c += ldc;
     asm volatile("" : "+r"(c));  // one running pointer, as in micro_product
   }
 }
 
-template <class T, int NV, int MR = kPanelRows>
+template <class T, bool kAccumulate, int NV, int MR = kPanelRows>
 static inline void multiply_rows(int64_t rows, int64_t depth, const T* a, int64_t stride, const T* b, T* c,
                                  int64_t ldc) {
   if constexpr (MR > 0) {
     if (rows == MR) {
-      micro_product_by_rows<T, MR, NV>(depth, a, stride, b, c, ldc);
+      micro_product_by_rows<T, kAccumulate, MR, NV>(depth, a, stride, b, c, ldc);
     } else {
-      multiply_rows<T, NV, MR - 1>(rows, depth, a, stride, b, c, ldc);
+      multiply_rows<T, kAccumulate, NV, MR - 1>(rows, depth, a, stride, b, c, ldc);
     }
+  }
+}
+
+// Terms that are summed in one chain of additions; the error of the sum grows with its length.
+inline constexpr int64_t kChain = 128;
+
+// c = or += the terms [k, k + depth) of one panel of A and one of B.
+template <class T, bool kAccumulate>
+static inline void multiply_chain(const WeightRows& weight, const T* a, int64_t k, int64_t depth, int64_t rows,
+                                  int64_t cols, const T* b, T* c, int64_t ldc) {
+  b += k * kPanelCols<T>;
+  if (weight.stride == 0) {
+    multiply_panels<T, kAccumulate>(rows, cols, depth, a + k * kPanelLd, b, c, ldc);
+  } else if (cols > kLanes<T>) {
+    multiply_rows<T, kAccumulate, kPanelVectors>(rows, depth, a + k, weight.stride, b, c, ldc);
+  } else {
+    multiply_rows<T, kAccumulate, 1>(rows, depth, a + k, weight.stride, b, c, ldc);
   }
 }
 
@@ -272,12 +289,11 @@ static void multiply(const WeightRows& weight, int64_t m, int64_t p0, int64_t p1
       T* target = writer.target(i0, n, cols);
       T* c = target ? target : block;
       const int64_t ldc = target ? writer.target_ld() : NR;
-      if (weight.stride == 0) {
-        multiply_panels<T, false>(rows, cols, depth, a, b, c, ldc);
-      } else if (cols > kLanes<T>) {
-        multiply_rows<T, kPanelVectors>(rows, depth, a, weight.stride, b, c, ldc);
-      } else {
-        multiply_rows<T, 1>(rows, depth, a, weight.stride, b, c, ldc);
+      const int64_t chains = at_least(1, (depth + kChain / 2) / kChain);
+      multiply_chain<T, false>(weight, a, 0, depth / chains, rows, cols, b, c, ldc);
+      for (int64_t i = 1; i < chains; ++i) {
+        const int64_t k = depth * i / chains, end = depth * (i + 1) / chains;
+        multiply_chain<T, true>(weight, a, k, end - k, rows, cols, b, c, ldc);
       }
       if (!target) writer(i0, rows, n, cols, block);
     }

@@ -74,9 +74,6 @@ static void pointwise_pack_in_kernel(const PointwiseGradArgs& args, int64_t q0, 
             static_cast<T*>(scratch));
 }
 
-// Tokens that are summed in one chain of additions; the error of the sum grows with its length.
-inline constexpr int64_t kGradChain = 128;
-
 template <class S>
 static void pointwise_accumulate_kernel(const PointwiseGradArgs& args, int64_t p0, int64_t p1) {
   using T = Compute<S>;
@@ -85,8 +82,8 @@ static void pointwise_accumulate_kernel(const PointwiseGradArgs& args, int64_t p
   const T* rows_packed = static_cast<const T*>(args.packed_grad) + p0 * panel_depth(args.count) * kPanelLd;
   const T* cols_packed = static_cast<const T*>(args.packed_in);
   const int64_t depth = panel_depth(args.count);
-  for (int64_t k = 0; k < args.count; k += kGradChain) {
-    const int64_t chain = args.count - k < kGradChain ? args.count - k : kGradChain;
+  for (int64_t k = 0; k < args.count; k += kChain) {
+    const int64_t chain = args.count - k < kChain ? args.count - k : kChain;
     for (int64_t p = p0; p < p1; ++p) {
       const int64_t i0 = first_row(args.out_channels, p), rows = first_row(args.out_channels, p + 1) - i0;
       const T* a = rows_packed + ((p - p0) * depth + k) * kPanelLd;
