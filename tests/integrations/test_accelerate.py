@@ -16,6 +16,7 @@ from efficientvit_kernels import FusedLiteMLA, LiteMLA, Report, accelerate, rest
 from efficientvit_kernels.testing import native_calls, official_relu_linear_attention, rule_t
 from tests.processes import python
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 timm = pytest.importorskip("timm", reason="timm is in the development extras")
 
 
