@@ -142,7 +142,8 @@ static void transpose(const T* src, int64_t ld, int64_t rows, int64_t cols, T* d
   constexpr int64_t L = kLanes<T>;
   for (int64_t r = 0; r < rows; r += L) {
     int64_t c = 0;
-    for (; c + L <= cols; c += L) {
+    // With two lanes, squares would leave a rest that does not begin at a block of 4, which dst has room for.
+    for (; L >= 4 && c + L <= cols; c += L) {
       Vec<T> square[L];
       for (int64_t i = 0; i < L; ++i) square[i] = load(src + (r + i) * ld + c);
       transpose_square<T>(square);
