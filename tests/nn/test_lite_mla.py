@@ -269,10 +269,45 @@ def test_compile(train: bool, fresh_compiler: None) -> None:
         assert torch.allclose(y.grad, x.grad, rtol=1e-3, atol=1e-4)  # type: ignore[arg-type]
 
 
-def test_export() -> None:
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("kwargs", [{}, {"use_bias": True, "scales": (3, 5)}, {"norm": "bn2d"}], ids=str)
+def test_export(kwargs: dict[str, Any], train: bool) -> None:
+    """With sizes left open; the program calls the ops that the module would."""
+    _, fused = pair(**kwargs)
+    fused.train(train)
+    sizes = {axis: torch.export.Dim(name, min=2) for axis, name in ((0, "batch"), (2, "height"), (3, "width"))}
+    program = torch.export.export(fused, (image(),), dynamic_shapes={"x": sizes})
+    other = image(3, 32, 5, 8)
+    assert torch.allclose(program.module()(other), copy.deepcopy(fused)(other), rtol=1e-5, atol=1e-6)
+    called = {str(node.target).split(".")[-2] for node in program.graph.nodes if "efficientvit" in str(node.target)}
+    two = {"multiscale_aggregate_fwd", "relu_linear_attention_fwd"}
+    assert called == ({"lite_mla_fwd"} if fused.fusion_plan().path == "whole" else two)
+
+
+def test_compile_under_autocast(fresh_compiler: None) -> None:
     _, fused = pair()
-    program = torch.export.export(fused, (image(),))
-    assert torch.allclose(program.module()(image()), fused(image()), rtol=1e-5, atol=1e-6)
+    compiled = torch.compile(fused, fullgraph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, expected = compiled(image()), fused(image())
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+
+
+def test_functional_call() -> None:
+    """Weights handed in as plain tensors: the fused path takes them, and gives their gradients."""
+    _, fused = pair()
+    weights = {name: parameter.detach() * 1.5 for name, parameter in fused.named_parameters()}
+    before = native_calls()
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(fused, weights, image()).square().sum()
+
+    grads = torch.func.grad(loss)(weights)
+    assert native_calls() - before == 2
+    twin = copy.deepcopy(fused)
+    twin.load_state_dict(weights, strict=False)
+    twin(image()).square().sum().backward()
+    assert all(torch.equal(grads[name], parameter.grad) for name, parameter in twin.named_parameters())
 
 
 def test_training_lowers_the_loss() -> None:
