@@ -12,6 +12,8 @@ from efficientvit_kernels import reference, relu_linear_attention
 from efficientvit_kernels.testing import Verdict, make_qkv, native_calls
 from tests.ops.common import BACKENDS, DTYPES, SAMPLES, Sample, as_layout, grad_out_like, judge, run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ops = torch.ops.efficientvit_kernels
 
 

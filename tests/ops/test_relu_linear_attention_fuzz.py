@@ -12,6 +12,8 @@ from efficientvit_kernels.testing import ulp
 from tests.ops.common import DTYPES, LAYOUTS, as_layout, judge, run, uncancelled_gradients
 from tests.ops.fuzzing import EXAMPLES, FUZZ
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 head_dims = st.one_of(st.sampled_from([1, 4, 8, 16, 24, 32, 33]), st.integers(1, 70))
 sides = st.one_of(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33]), st.integers(1, 40))
 shapes = st.tuples(
