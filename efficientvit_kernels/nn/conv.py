@@ -9,12 +9,15 @@ from torch import Tensor, nn
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of [B, C, H, W], in the input's dtype."""
+    """LayerNorm over the channels of [B, C, H, W], computed in float32 for 16-bit input, whose squares may overflow."""
 
     def forward(self, x: Tensor) -> Tensor:
-        centred = x - x.mean(dim=1, keepdim=True)
+        compute = torch.promote_types(x.dtype, torch.float32)
+        centred = x.to(compute)
+        centred = centred - centred.mean(dim=1, keepdim=True)
         normed = centred / torch.sqrt(centred.square().mean(dim=1, keepdim=True) + self.eps)
-        return normed * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        weight, bias = self.weight.to(compute).view(1, -1, 1, 1), self.bias.to(compute).view(1, -1, 1, 1)
+        return (normed * weight + bias).to(x.dtype)
 
 
 class RMSNorm2d(nn.LayerNorm):
