@@ -28,6 +28,8 @@ def golden_weight(position: int, key: str, shape: list[int], dtype: str) -> Tens
         values = random.uniform(0.5, 1.5, shape)
     elif len(shape) == 1:
         values = 0.1 * random.standard_normal(shape)
+    elif key.endswith("positional_encoding_gaussian_matrix"):
+        values = random.standard_normal(shape)
     else:
         values = random.standard_normal(shape) / math.sqrt(math.prod(shape[1:]))
     return torch.from_numpy(values.astype(np.float32))
