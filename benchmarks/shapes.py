@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,32 @@ SINGLE_OPS = _named(
         "sam_l0+l1+l2-1024-stage4",
     )
 )
+
+
+def batched(name: str, batch: int) -> Shape:
+    """The layer of the registry with another number of images."""
+    (shape,) = _named((name,))
+    return replace(shape, name=f"{name} x{batch}", batch=batch)
+
+
+# What a GPU measures first: launch-bound, memory-bound and compute-bound layers of each family.
+GPU_FIRST = (
+    *_named(("b3-512-stage3", "b1-224-stage3", "sam_l0+l1+l2-1024-stage4", "b3-1024x2048-stage3")),
+    batched("b3-224-stage3", 64),
+    batched("b3-512-stage3", 8),
+    batched("b1-224-stage3", 64),
+    batched("b3+l1+l2+sam_l-512-stage4", 16),
+    batched("dc_ae_sana-512-stage3", 16),
+    batched("sana-1024", 16),
+    *_named(("b1-1024x2048-stage3", "b3+l1+l2-1024x2048-stage4", "b3-224-stage3", "b3+l1+l2-224-stage4")),
+    batched("b1-224-stage3", 256),
+    batched("b3-224-stage3", 256),
+    batched("b3+l1+l2-224-stage4", 64),
+    batched("b3-1024x2048-stage3", 8),
+    batched("sam_xl0+xl1-1024-stage4", 16),
+    batched("dc_ae_f32-512-stage3", 16),
+)
+GPU_REST = tuple(shape for shape in REGISTRY if shape not in GPU_FIRST)
 
 # name of the set -> which op on which shapes
 SETS: dict[str, tuple[tuple[str, tuple[Shape, ...]], ...]] = {
