@@ -1,0 +1,106 @@
+"""What all launchers share: one place that launches, dtype and stride facts, the precision of matrix products.
+
+Inside `recording()` nothing runs: launches are collected with their arguments, so that the very variants that a shape
+would launch can be compiled for any architecture without a GPU (`resources.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+MAX_GRID = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: positional arguments as given, `meta` the constexprs and compiler options."""
+
+    kernel: Any
+    grid: int
+    arguments: tuple[Any, ...]
+    meta: dict[str, Any]
+
+
+_launches = 0
+_recorded: list[Launch] | None = None
+_recorded_arch = ""
+
+
+def launches() -> int:
+    """Triton launches so far in this process: proof that kernels ran, and how many a call takes."""
+    return _launches
+
+
+@contextmanager
+def recording(arch: str) -> Iterator[list[Launch]]:
+    """Collects launches instead of launching, as they would be on `arch`, e.g. "sm_90"; for meta tensors."""
+    global _recorded, _recorded_arch
+    _recorded, _recorded_arch = [], arch
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
+
+
+def launch(kernel: Any, grid: int, *arguments: Any, num_warps: int, num_stages: int, **constexprs: Any) -> None:
+    """Runs `kernel` on a one-dimensional grid, on the current stream of the current device."""
+    global _launches
+    if grid == 0:
+        return
+    if grid > MAX_GRID:
+        raise NotImplementedError(f"triton: grid must be at most {MAX_GRID} programs, got {grid}: use smaller batches")
+    # Its default changes between versions; with it the products and sums of an output are fused multiply-adds.
+    meta = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **constexprs}
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, arguments, meta))
+        return
+    kernel[(grid,)](*arguments, **meta)
+    _launches += 1
+
+
+def arch_of(tensor: Tensor) -> str:
+    """ "sm_90", "gfx942", ...: the row of the configuration table; "sm_80" in the interpreter."""
+    if _recorded is not None:
+        return _recorded_arch
+    if tensor.device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(tensor.device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return f"sm_{major}{minor}"
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """How fp32 operands enter a matrix product: IEEE for fp32 storage unless torch's own flag allows TF32.
+
+    A 16-bit value is exact in TF32, so for 16-bit storage only computed operands are rounded, to 11 bits.
+    """
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32"
+
+
+def block_of(size: int) -> int:
+    """The power of two that holds `size`; at least 16, the least side of a matrix product."""
+    return max(16, int(triton.next_power_of_2(size)))
+
+
+def token_strides(image: Tensor) -> tuple[int, int, bool]:
+    """Strides along H and W of [B, C, H, W], and whether all tokens of a plane lie in one row of stride_w."""
+    _, _, height, width = image.shape
+    stride_h, stride_w = image.stride(2), image.stride(3)
+    if width == 1:
+        return 0, stride_h, True
+    return stride_h, stride_w, height == 1 or stride_h == width * stride_w
+
+
+def same_format(outputs: Sequence[Tensor]) -> bool:
+    """Whether all have the strides of the first."""
+    return all(output.stride() == outputs[0].stride() for output in outputs)
