@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import __version__, _library
-from .ops._backends import choose, why_not
+from .ops._backends import DEVICE_OF_BACKEND, choose, why_not
 
 OPS = ("relu_linear_attention", "multiscale_aggregate", "lite_mla")
 
@@ -65,8 +65,15 @@ def info() -> Info:
         threads=torch.get_num_threads(),
         default_backend=_library.DEFAULT_BACKEND,
         ops={op: {device: choose(op, "auto", device) for device in types} for op in OPS},
-        missing={name: reason for name in _library.BACKENDS if (reason := why_not(name, None)) is not None},
+        missing={name: reason for name in _library.BACKENDS if (reason := _why_not_here(name)) is not None},
     )
+
+
+def _why_not_here(backend: str) -> str | None:
+    reason = why_not(backend, None)
+    if reason is None and DEVICE_OF_BACKEND.get(backend) == "cuda":
+        return why_not(backend, "cuda") if torch.cuda.is_available() else "no CUDA device is available"
+    return reason
 
 
 def _version(package: str) -> str | None:

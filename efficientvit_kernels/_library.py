@@ -6,7 +6,10 @@ The results are plain module constants, so that traced code (torch.compile, torc
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib.util
 import os
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -17,6 +20,7 @@ import torch
 
 from ._build import CPU_LIBRARY
 
+OLDEST_TRITON = (3, 6)
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 HOW_TO_BUILD = "build it with `pip install --no-build-isolation .` from the source folder (needs a C++ compiler)"
 
@@ -57,11 +61,39 @@ def _is_truncated(path: Path) -> bool:
 
 
 _cpu, WHY_NOT_CPU = _load(Path(__file__).with_name(CPU_LIBRARY))
-WHY_NOT_TRITON: str | None = "this version has no Triton kernels"
+WHY_NOT_TRITON: str | None = None if importlib.util.find_spec("triton") else "triton is not installed"
+# Triton's interpreter runs the kernels on CPU tensors, slowly: for tests, and only where the backend is named.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WHY_NOT_CUDA: str | None = "this version has no CUDA kernels"
 
 if WHY_NOT_CPU is not None:
     warnings.warn(f"efficientvit_kernels runs without its CPU kernels: {WHY_NOT_CPU}", RuntimeWarning, stacklevel=2)
+
+
+def why_not_run_triton(device_type: str) -> str | None:
+    """Why Triton cannot run on such a device; traced code takes the answer as a constant."""
+    return _ask_triton(device_type)
+
+
+# All that torch.compiler.assume_constant_result does, but that imports the compiler, and Triton with it.
+why_not_run_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _ask_triton(device_type: str) -> str | None:
+    """Asked once: the first question imports it."""
+    try:
+        import triton
+    except Exception as error:  # a broken installation may raise anything
+        return f"triton does not import ({type(error).__name__}: {error})"
+    version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
+    if version < OLDEST_TRITON:
+        return f"it needs triton {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} or newer, this is {triton.__version__}"
+    if device_type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if capability < (8, 0):
+            return f"it needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
+    return None
 
 
 def cpu_isa() -> str | None:

@@ -7,6 +7,7 @@ formula in the same dtype, and two units in the last place; float64 must be with
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -218,3 +219,9 @@ def gradients(out: Tensor, grad_out: Tensor, inputs: Iterable[Tensor]) -> list[T
 def native_calls() -> int:
     """Number of native kernel calls so far in this process, eager or compiled: to show which backend really ran."""
     return _library.cpu_calls()
+
+
+def triton_launches() -> int:
+    """Number of Triton kernel launches so far in this process, in the interpreter, too."""
+    launch = sys.modules.get(f"{__package__}.triton_kernels.launch")
+    return 0 if launch is None else int(launch.launches())

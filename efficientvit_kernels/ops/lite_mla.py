@@ -19,7 +19,7 @@ from ._autograd import (
     only_needed,
     refuse_second_order,
 )
-from ._backends import choose
+from ._backends import choose, registered
 from ._checks import (
     check_aggregation,
     check_bool,
@@ -32,6 +32,7 @@ from ._checks import (
     shape_text,
 )
 from ._fakes import empty_image, empty_state, register_fakes
+from ._triton import register_triton
 
 OP = "lite_mla"
 
@@ -113,7 +114,8 @@ def lite_mla(
     compute = torch.promote_types(x.dtype, torch.float32)
     proj_scale = None if proj_scale is None else proj_scale.to(compute)
     proj_shift = None if proj_shift is None else proj_shift.to(compute)
-    if choose(OP, backend, x.device.type) == "reference":
+    backend = choose(OP, backend, x.device.type, x.dtype, head_dim)
+    if backend == "reference":
         return reference.lite_mla(
             x,
             qkv_weight,
@@ -134,9 +136,9 @@ def lite_mla(
         *(qkv_bias, *(depthwise_biases or ()), *(pointwise_biases or ()), proj_scale, proj_shift),
     )
     if needs_autograd((x, residual, *parameters)):
-        y: Tensor = _LiteMLA.apply(head_dim, float(eps), scales, not recompute, residual, x, *parameters)[0]
+        y: Tensor = _LiteMLA.apply(backend, head_dim, float(eps), scales, not recompute, residual, x, *parameters)[0]
         return y
-    return _LiteMLA.forward(head_dim, float(eps), scales, False, residual, x, *parameters)[0]
+    return _LiteMLA.forward(backend, head_dim, float(eps), scales, False, residual, x, *parameters)[0]
 
 
 def _check_x_and_qkv_weight(x: Tensor, qkv_weight: Tensor, head_dim: int) -> None:
@@ -200,6 +202,7 @@ class _LiteMLA(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        backend: str,
         head_dim: int,
         eps: float,
         scales: int,
@@ -209,14 +212,12 @@ class _LiteMLA(torch.autograd.Function):
         *parameters: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         arguments = _op_arguments(scales, parameters)
-        y, qkv, state = torch.ops.efficientvit_kernels.lite_mla_fwd.default(
-            x, *arguments, residual, head_dim, eps, save
-        )
+        y, qkv, state = registered(OP, "fwd", backend)(x, *arguments, residual, head_dim, eps, save)
         return y, qkv, state
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.head_dim, ctx.eps, ctx.scales, save, _, x, *parameters = inputs
+        ctx.backend, ctx.head_dim, ctx.eps, ctx.scales, save, _, x, *parameters = inputs
         _, qkv, state = output
         ctx.given = [parameter is not None for parameter in parameters]
         ctx.mark_non_differentiable(qkv, state)
@@ -225,15 +226,15 @@ class _LiteMLA(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs_residual, needs_x, *needed = ctx.needs_input_grad[4:]
+        needs_residual, needs_x, *needed = ctx.needs_input_grad[5:]
         needs_weights = any(needed)
         grads: Sequence[Tensor] = ()
         if needs_x or needs_weights:
-            config = (ctx.head_dim, ctx.eps, ctx.scales, ctx.given[-1], needs_x, needs_weights)
+            config = (ctx.backend, ctx.head_dim, ctx.eps, ctx.scales, ctx.given[-1], needs_x, needs_weights)
             grads = apply_backward(_LiteMLABackward, *config, grad_y, *ctx.saved_tensors)
         computed = [needs_x, *(needs_weights and given for given in ctx.given)]
         by_input = only_needed(grads, computed, [needs_x, *needed])
-        return (None, None, None, None, grad_y if needs_residual else None, *by_input)
+        return (None, None, None, None, None, grad_y if needs_residual else None, *by_input)
 
 
 class _LiteMLABackward(torch.autograd.Function):
@@ -243,6 +244,7 @@ class _LiteMLABackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        backend: str,
         head_dim: int,
         eps: float,
         scales: int,
@@ -257,7 +259,7 @@ class _LiteMLABackward(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         arguments = _op_arguments(scales, (*parameters, None))[:-1]
         return tuple(
-            torch.ops.efficientvit_kernels.lite_mla_bwd.default(
+            registered(OP, "bwd", backend)(
                 grad_y, x, qkv, state, *arguments, has_shift, head_dim, eps, needs_x, needs_weights
             )
         )
@@ -322,3 +324,19 @@ def _bwd_fake(
 
 
 register_fakes(OP, _fwd_fake, _bwd_fake)
+_PRODUCTS = "Tensor qkv_weight, Tensor[] depthwise_weights, Tensor[] pointwise_weights, Tensor proj_weight, "
+_VECTORS = "Tensor? qkv_bias, Tensor[] depthwise_biases, Tensor[] pointwise_biases, Tensor? proj_scale, "
+register_triton(
+    OP,
+    "fwd",
+    f"(Tensor x, {_PRODUCTS}{_VECTORS}Tensor? proj_shift, Tensor? residual, int head_dim, float eps, bool save) "
+    "-> (Tensor, Tensor, Tensor)",
+    _fwd_fake,
+)
+register_triton(
+    OP,
+    "bwd",
+    f"(Tensor grad_y, Tensor x, Tensor? qkv, Tensor? state, {_PRODUCTS}{_VECTORS}bool has_shift, int head_dim, "
+    "float eps, bool needs_x, bool needs_weights) -> Tensor[]",
+    _bwd_fake,
+)

@@ -18,9 +18,10 @@ from ._autograd import (
     only_needed,
     refuse_second_order,
 )
-from ._backends import choose
+from ._backends import choose, registered
 from ._checks import check_aggregation, check_qkv
 from ._fakes import empty_image, register_fakes
+from ._triton import register_triton
 
 OP = "multiscale_aggregate"
 
@@ -70,7 +71,7 @@ def multiscale_aggregate(
     check_aggregation(
         OP, "qkv", qkv, qkv.shape[1], head_dim, depthwise_weights, pointwise_weights, depthwise_biases, pointwise_biases
     )
-    backend = choose(OP, backend, qkv.device.type)
+    backend = choose(OP, backend, qkv.device.type, qkv.dtype, head_dim)
     if len(depthwise_weights) == 0:
         return []
     if backend == "reference":
@@ -84,33 +85,31 @@ def multiscale_aggregate(
         )
     tensors = (qkv, *depthwise_weights, *pointwise_weights, *(depthwise_biases or ()), *(pointwise_biases or ()))
     function = _MultiscaleAggregate.apply if needs_autograd(tensors) else _MultiscaleAggregate.forward
-    return list(function(head_dim, len(depthwise_weights), *tensors))
+    return list(function(backend, head_dim, len(depthwise_weights), *tensors))
 
 
 class _MultiscaleAggregate(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(head_dim: int, scales: int, qkv: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        lists = by_kind(parameters, scales)
-        return tuple(torch.ops.efficientvit_kernels.multiscale_aggregate_fwd.default(qkv, *lists, head_dim))
+    def forward(backend: str, head_dim: int, scales: int, qkv: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return tuple(registered(OP, "fwd", backend)(qkv, *by_kind(parameters, scales), head_dim))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.head_dim, ctx.scales, qkv, *parameters = inputs
+        ctx.backend, ctx.head_dim, ctx.scales, qkv, *parameters = inputs
         # The backward asks for the depthwise biases, not for the pointwise ones.
         ctx.save_for_backward(qkv, *parameters[: 3 * ctx.scales])
 
     @staticmethod
     def backward(ctx: Any, *grad_outs: Tensor) -> tuple[Tensor | None, ...]:
-        _, _, needs_qkv, *needed = ctx.needs_input_grad
+        _, _, _, needs_qkv, *needed = ctx.needs_input_grad
         needs_weights, needs_biases = any(needed[: 2 * ctx.scales]), any(needed[2 * ctx.scales :])
         needs = (needs_qkv, needs_weights, needs_biases)
-        grads = apply_backward(
-            _MultiscaleAggregateBackward, ctx.head_dim, ctx.scales, needs, *grad_outs, *ctx.saved_tensors
-        )
+        config = (ctx.backend, ctx.head_dim, ctx.scales, needs)
+        grads = apply_backward(_MultiscaleAggregateBackward, *config, *grad_outs, *ctx.saved_tensors)
         computed = [needs_qkv, *[needs_weights] * (2 * ctx.scales), *[needs_biases] * len(needed[2 * ctx.scales :])]
-        return (None, None, *only_needed(grads, computed, ctx.needs_input_grad[2:]))
+        return (None, None, None, *only_needed(grads, computed, ctx.needs_input_grad[3:]))
 
 
 class _MultiscaleAggregateBackward(torch.autograd.Function):
@@ -119,11 +118,12 @@ class _MultiscaleAggregateBackward(torch.autograd.Function):
     backward = staticmethod(refuse_second_order(OP))
 
     @staticmethod
-    def forward(head_dim: int, scales: int, needs: tuple[bool, bool, bool], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        backend: str, head_dim: int, scales: int, needs: tuple[bool, bool, bool], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         grad_outs, qkv, parameters = tensors[:scales], tensors[scales], tensors[scales + 1 :]
         lists = by_kind(parameters, scales)[:3]
-        op = torch.ops.efficientvit_kernels.multiscale_aggregate_bwd.default
-        return tuple(op(list(grad_outs), qkv, *lists, head_dim, *needs))
+        return tuple(registered(OP, "bwd", backend)(list(grad_outs), qkv, *lists, head_dim, *needs))
 
 
 keep_signatures(_MultiscaleAggregate, _MultiscaleAggregateBackward)
@@ -160,3 +160,17 @@ def _bwd_fake(
 
 
 register_fakes(OP, _fwd_fake, _bwd_fake)
+register_triton(
+    OP,
+    "fwd",
+    "(Tensor qkv, Tensor[] depthwise_weights, Tensor[] pointwise_weights, Tensor[] depthwise_biases, "
+    "Tensor[] pointwise_biases, int head_dim) -> Tensor[]",
+    _fwd_fake,
+)
+register_triton(
+    OP,
+    "bwd",
+    "(Tensor[] grad_outs, Tensor qkv, Tensor[] depthwise_weights, Tensor[] pointwise_weights, "
+    "Tensor[] depthwise_biases, int head_dim, bool needs_qkv, bool needs_weights, bool needs_biases) -> Tensor[]",
+    _bwd_fake,
+)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .. import reference
 from ._autograd import apply_backward, keep_nothing, keep_signatures, needs_autograd, refuse_second_order
-from ._backends import choose
+from ._backends import choose, registered
 from ._checks import check_eps, check_qkv
 from ._fakes import empty_image, empty_state, register_fakes
+from ._triton import register_triton
 
 OP = "relu_linear_attention"
 
@@ -52,12 +53,13 @@ def relu_linear_attention(
     tensors = (qkv,) if isinstance(qkv, Tensor) else _as_tuple(qkv)
     check_qkv(OP, tensors, head_dim)
     check_eps(OP, eps)
-    if choose(OP, backend, tensors[0].device.type) == "reference":
+    backend = choose(OP, backend, tensors[0].device.type, tensors[0].dtype, head_dim)
+    if backend == "reference":
         return reference.relu_linear_attention(tensors, head_dim, eps=eps)
     if needs_autograd(tensors):
-        out: Tensor = _ReluLinearAttention.apply(head_dim, float(eps), *tensors)[0]
+        out: Tensor = _ReluLinearAttention.apply(backend, head_dim, float(eps), *tensors)[0]
         return out
-    result: Tensor = _forward_op()(list(tensors), head_dim, float(eps))[0]
+    result: Tensor = registered(OP, "fwd", backend)(list(tensors), head_dim, float(eps))[0]
     return result
 
 
@@ -67,38 +69,29 @@ def _as_tuple(qkv: object) -> tuple[Tensor, ...]:
     return tuple(qkv)
 
 
-def _forward_op() -> Any:
-    return torch.ops.efficientvit_kernels.relu_linear_attention_fwd.default
-
-
-def _backward_op() -> Any:
-    return torch.ops.efficientvit_kernels.relu_linear_attention_bwd.default
-
-
 class _ReluLinearAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(head_dim: int, eps: float, *qkv: Tensor) -> tuple[Tensor, Tensor]:
-        out, state = _forward_op()(list(qkv), head_dim, eps)
+    def forward(backend: str, head_dim: int, eps: float, *qkv: Tensor) -> tuple[Tensor, Tensor]:
+        out, state = registered(OP, "fwd", backend)(list(qkv), head_dim, eps)
         return out, state
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        head_dim, eps, *qkv = inputs
-        ctx.head_dim, ctx.eps = head_dim, eps
+        ctx.backend, ctx.head_dim, ctx.eps, *qkv = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1], *qkv)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         state, *qkv = ctx.saved_tensors
-        scales = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        scales = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
         grads: Sequence[Tensor] = apply_backward(
-            _ReluLinearAttentionBackward, ctx.head_dim, ctx.eps, scales, grad_out, state, *qkv
+            _ReluLinearAttentionBackward, ctx.backend, ctx.head_dim, ctx.eps, scales, grad_out, state, *qkv
         )
         by_scale = dict(zip(scales, grads, strict=True))
-        return (None, None, *(by_scale.get(i) for i in range(len(qkv))))
+        return (None, None, None, *(by_scale.get(i) for i in range(len(qkv))))
 
 
 class _ReluLinearAttentionBackward(torch.autograd.Function):
@@ -108,9 +101,9 @@ class _ReluLinearAttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        head_dim: int, eps: float, scales: list[int], grad_out: Tensor, state: Tensor, *qkv: Tensor
+        backend: str, head_dim: int, eps: float, scales: list[int], grad_out: Tensor, state: Tensor, *qkv: Tensor
     ) -> tuple[Tensor, ...]:
-        return tuple(_backward_op()(grad_out, list(qkv), state, head_dim, eps, scales))
+        return tuple(registered(OP, "bwd", backend)(grad_out, list(qkv), state, head_dim, eps, scales))
 
 
 keep_signatures(_ReluLinearAttention, _ReluLinearAttentionBackward)
@@ -129,3 +122,10 @@ def _bwd_fake(
 
 
 register_fakes(OP, _fwd_fake, _bwd_fake)
+register_triton(OP, "fwd", "(Tensor[] qkv, int head_dim, float eps) -> (Tensor, Tensor)", _fwd_fake)
+register_triton(
+    OP,
+    "bwd",
+    "(Tensor grad_out, Tensor[] qkv, Tensor state, int head_dim, float eps, int[] scales) -> Tensor[]",
+    _bwd_fake,
+)

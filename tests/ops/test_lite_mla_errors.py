@@ -86,9 +86,15 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("eps string", lambda: call(eps="1e-5"), TypeError, "eps must be a float, got str"),
     ("recompute int", lambda: call(recompute=1), TypeError, "recompute must be a bool, got int"),
     ("unknown backend", lambda: call(backend="gpu"), ValueError, "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'gpu'"),
-    ("triton", lambda: call(backend="triton"), NotImplementedError, f"backend must be one that can run here, got 'triton': {_library.WHY_NOT_TRITON}"),
+    ("triton, meta tensors", lambda: call(**metas(), backend="triton"), NotImplementedError, "backend must be one that can run here, got 'triton': it needs CUDA tensors, these are on meta"),
     ("cuda", lambda: call(backend="cuda"), NotImplementedError, f"backend must be one that can run here, got 'cuda': {_library.WHY_NOT_CUDA}"),
 ]  # fmt: skip
+
+
+def metas() -> dict[str, Any]:
+    plain = {"x": X, "qkv_weight": QKV, "proj_weight": PROJ}
+    lists = {"depthwise_weights": [DEPTHWISE.to("meta")], "pointwise_weights": [POINTWISE.to("meta")]}
+    return {name: tensor.to("meta") for name, tensor in plain.items()} | lists
 
 
 def halves() -> dict[str, Any]:

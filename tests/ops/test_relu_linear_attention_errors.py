@@ -47,7 +47,7 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("unknown backend", lambda: relu_linear_attention(QKV, 16, backend="CPU"), ValueError, "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'CPU'"),
     ("backend None", lambda: relu_linear_attention(QKV, 16, backend=None), ValueError, "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got None"),  # type: ignore[arg-type]
     ("cpu backend, meta tensor", lambda: relu_linear_attention(QKV.to("meta"), 16, backend="cpu"), NotImplementedError, "backend must be one that can run here, got 'cpu': it needs CPU tensors, these are on meta"),
-    ("triton", lambda: relu_linear_attention(QKV, 16, backend="triton"), NotImplementedError, f"backend must be one that can run here, got 'triton': {_library.WHY_NOT_TRITON}"),
+    ("triton, meta tensors", lambda: relu_linear_attention(QKV.to("meta"), 16, backend="triton"), NotImplementedError, "backend must be one that can run here, got 'triton': it needs CUDA tensors, these are on meta"),
     ("cuda", lambda: relu_linear_attention(QKV, 16, backend="cuda"), NotImplementedError, f"backend must be one that can run here, got 'cuda': {_library.WHY_NOT_CUDA}"),
 ]  # fmt: skip
 
