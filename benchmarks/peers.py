@@ -12,7 +12,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,11 +94,21 @@ def _eager_other_layout(official: nn.Module, settings: Settings, inputs: list[Di
 
 def _compiled(official: nn.Module, settings: Settings, inputs: list[Dims]) -> Provider:
     torch.compiler.reset()  # or the graphs of earlier shapes count towards the limit of recompilations
-    options: dict[str, Any] | None = None if settings.training else {"freezing": True}
+    return compiled(official, settings)
+
+
+def compiled(official: nn.Module, settings: Settings, mode: str | None = None, layout: str | None = None) -> Provider:
+    """torch.compile in one of its modes; in inference with the norm folded and the weights frozen."""
+    options: dict[str, Any] = {}
+    if mode is not None:
+        from torch._inductor import list_mode_options
+
+        options |= list_mode_options(mode)
+    options |= {} if settings.training else {"freezing": True}
     module = official if settings.training else fold(official)
-    compiled = torch.compile(module, dynamic=False, fullgraph=True, options=options)
-    note = "inductor" if settings.training else "inductor, freezing"
-    return torch_provider(cast(nn.Module, compiled), settings, note=note)
+    graph: Any = torch.compile(module, dynamic=False, fullgraph=True, options=options or None)
+    note = ", ".join(["inductor", *([mode] if mode else []), *([] if settings.training else ["freezing"])])
+    return torch_provider(graph, settings, layout, note)
 
 
 def _onnxruntime(official: nn.Module, settings: Settings, inputs: list[Dims]) -> Provider:

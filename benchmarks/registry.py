@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class Op:
     outputs: Callable[[Shape], list[Dims]]
     weights: Callable[[Shape], int]  # elements
     flops: Callable[[Shape], float]  # of the forward; two operations per multiplication and addition
-    ours: Callable[[evk.LiteMLA], nn.Module]
+    ours: Callable[..., nn.Module]  # (layer, backend="auto")
     official: Callable[[evk.LiteMLA], nn.Module]
     truth: Callable[[evk.LiteMLA], nn.Module]
     why_not: Callable[[], str | None] = lambda: None  # why `ours` cannot be measured
@@ -111,13 +112,13 @@ class OfficialAggregation(nn.Module):
 
 
 class FusedAggregation(OfficialAggregation):
-    def __init__(self, layer: evk.LiteMLA) -> None:
+    def __init__(self, layer: evk.LiteMLA, backend: str = "auto") -> None:
         super().__init__(layer)
-        self.head_dim = layer.dim
+        self.head_dim, self.backend = layer.dim, backend
 
     def forward(self, qkv: Tensor) -> list[Tensor]:
         weights = aggregation_weights(self.aggreg)
-        result: list[Tensor] = evk.multiscale_aggregate(qkv, *weights, head_dim=self.head_dim)
+        result: list[Tensor] = evk.multiscale_aggregate(qkv, *weights, head_dim=self.head_dim, backend=self.backend)
         return result
 
 
@@ -181,7 +182,7 @@ OPS: dict[str, Op] = {
             outputs=lambda shape: [_image(shape, shape.groups * shape.dim)],
             weights=lambda shape: 0,
             flops=_attention_flops,
-            ours=lambda layer: Attention(layer, evk.relu_linear_attention),
+            ours=lambda layer, backend="auto": Attention(layer, partial(evk.relu_linear_attention, backend=backend)),
             official=lambda layer: Attention(layer, official_relu_linear_attention),
             truth=lambda layer: Attention(layer, reference.relu_linear_attention),
         ),
