@@ -202,30 +202,62 @@ def outputs_of(result: Any) -> Results:
     return {"out": result} if isinstance(result, Tensor) else {f"out[{i}]": out for i, out in enumerate(result)}
 
 
-def results(
+def bound(
     function: Function, arguments: Arguments, training: bool, grad_dtype: torch.dtype, grad_scale: float = 1.0
-) -> Results:
-    """Outputs, and in training the gradients of all tensors for fixed grad_outs of `grad_dtype`'s precision."""
+) -> Callable[[], Results]:
+    """The call alone: its leaves, which share their memory with `arguments`, and its grad_outs are made beforehand.
+
+    It returns the outputs, and in training the gradients of all tensors for fixed random grad_outs that are rounded to
+    `grad_dtype`.
+    """
     leaves = mapped(arguments, lambda tensor: tensor.detach().requires_grad_(training))
-    with torch.set_grad_enabled(training):
-        outputs = outputs_of(function(**leaves))
-    found = {name: out.detach() for name, out in outputs.items()}
-    if not training:
-        return found
-    generator = torch.Generator(next(iter(found.values())).device).manual_seed(1)
-    grad_outs = []
-    for out in outputs.values():
-        drawn = torch.randn(out.shape, generator=generator, device=out.device) * grad_scale
-        grad_outs.append(drawn.to(grad_dtype).to(out.dtype))
     inputs = named_tensors(leaves)
-    grads = torch.autograd.grad(list(outputs.values()), list(inputs.values()), grad_outs)
-    return found | {f"grad_{name}": grad for name, grad in zip(inputs, grads, strict=True)}
+    grad_outs: list[Tensor] = []
+
+    def step() -> Results:
+        with torch.set_grad_enabled(training):
+            outputs = outputs_of(function(**leaves))
+        found = {name: out.detach() for name, out in outputs.items()}
+        if not training:
+            return found
+        if not grad_outs:
+            grad_outs.extend(_grad_outs(found, grad_dtype, grad_scale))
+        grads = torch.autograd.grad(list(outputs.values()), list(inputs.values()), grad_outs)
+        return found | {f"grad_{name}": grad for name, grad in zip(inputs, grads, strict=True)}
+
+    return step
+
+
+def _grad_outs(outputs: Results, dtype: torch.dtype, scale: float) -> list[Tensor]:
+    generator = torch.Generator(next(iter(outputs.values())).device).manual_seed(1)
+    drawn = [torch.randn(out.shape, generator=generator, device=out.device) * scale for out in outputs.values()]
+    return [random.to(dtype).to(out.dtype) for random, out in zip(drawn, outputs.values(), strict=True)]
+
+
+def results(function: Function, arguments: Arguments, training: bool, *grad: Any) -> Results:
+    """One such call: `grad` is the dtype and scale of its grad_outs."""
+    return bound(function, arguments, training, *grad)()
+
+
+def different_bits(actual: Results, expected: Results) -> list[str]:
+    return [name for name, result in actual.items() if not bool(same_bits(result, expected[name]).all())]
+
+
+def same_bits(actual: Tensor, expected: Tensor) -> Tensor:
+    """Elementwise, NaN equal to itself."""
+    as_integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
+    return actual.view(as_integer) == expected.view(as_integer)
 
 
 @contextmanager
 def proof_of_native(backend: str) -> Iterator[OpsCalled]:
-    """Fails unless a registered op of this package ran meanwhile; the reference has none."""
-    with OpsCalled() as ops:
+    """Fails unless a registered op of this package ran meanwhile; the reference has none, and is not watched: torch
+    does not compile under such a watch."""
+    ops = OpsCalled()
+    if backend == "reference":
         yield ops
-    if backend != "reference" and not ops.names:
+        return
+    with ops:
+        yield ops
+    if not ops.names:
         raise FailedError(f"backend {backend} called no op of the package: the reference ran in its place")
