@@ -1,0 +1,175 @@
+# ruff: noqa: RUF005, SIM108 (Triton knows `a + (b,)`, not `(*a, b)`)
+"""Device functions of the aggregation P (D * x), for one group of D channels on a tile of tokens.
+
+A tile has T lanes, and each lane ROWS rows of one column: a value that a lane loads serves all the rows that its
+column of the k x k window touches, ROWS + K - 1 loads for ROWS * K products. What a lane holds is a tuple of ROWS
+tensors [channels, T] in fp32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tile import load, operand, rounded
+
+# Above this k the code for all rows of the window at once would grow too long.
+MAX_UNROLLED: tl.constexpr = tl.constexpr(7)
+
+
+@triton.jit
+def tile_of(i_tile, tiles_w, ROWS: tl.constexpr, BANDS: tl.constexpr, COLS: tl.constexpr):
+    """First row and column of every lane of a tile; tiles_w of them lie side by side.
+
+    Lane l covers column l % COLS of the tile and ROWS rows of its band l // COLS. BANDS > 1 fills the lanes where an
+    image has fewer columns than a matrix product needs.
+    """
+    o_lane = tl.arange(0, BANDS * COLS)
+    cols = (i_tile % tiles_w) * COLS + o_lane % COLS
+    rows = ((i_tile // tiles_w) * BANDS + o_lane // COLS) * ROWS
+    return rows, cols
+
+
+@triton.jit
+def zero_rows(CHANNELS: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr):
+    acc = ()
+    for _ in tl.static_range(ROWS):
+        acc = acc + (tl.zeros((CHANNELS, T), tl.float32),)
+    return acc
+
+
+@triton.jit
+def load_pixels(p_x, stride_c, stride_h, stride_w, o_d, m_d, o_h, o_w, m_n):
+    """x [channels, T] at rows o_h and columns o_w; 0 where masked."""
+    offsets = o_h.to(tl.int64) * stride_h + o_w.to(tl.int64) * stride_w
+    p = p_x + (o_d.to(tl.int64) * stride_c)[:, None] + offsets[None, :]
+    return load(p, m_d[:, None] & m_n[None, :])
+
+
+@triton.jit
+def depthwise_rows(
+    p_x, stride_c, stride_h, stride_w, o_d, m_d, rows, cols, height, width,
+    p_weight, stride_wc, stride_wh, stride_ww,
+    K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The K x K depthwise convolution, zero-padded: for every lane, its ROWS rows [channels, T].
+
+    p_x and p_weight point at the channel that o_d counts from. Negative strides, from the last tap on, flip the weight.
+    """
+    p_tap = p_weight + o_d.to(tl.int64) * stride_wc
+    acc = zero_rows(o_d.shape[0], cols.shape[0], ROWS)
+    for dx in range(K):
+        o_w = cols + (dx - K // 2)
+        m_w = (o_w >= 0) & (o_w < width)
+        if K <= MAX_UNROLLED:
+            taps = ()
+            for dy in tl.static_range(K):
+                taps = taps + (load(p_tap + dy * stride_wh + dx * stride_ww, m_d).to(tl.float32)[:, None],)
+            for i in tl.static_range(ROWS + K - 1):
+                o_h = rows + (i - K // 2)
+                m_n = m_w & (o_h >= 0) & (o_h < height)
+                x = load_pixels(p_x, stride_c, stride_h, stride_w, o_d, m_d, o_h, o_w, m_n)
+                acc = _add_row_of_window(acc, x.to(tl.float32), taps, i)
+        else:
+            for dy in range(K):
+                tap = load(p_tap + dy * stride_wh + dx * stride_ww, m_d).to(tl.float32)[:, None]
+                sums = ()
+                for r in tl.static_range(ROWS):
+                    o_h = rows + (r + dy - K // 2)
+                    m_n = m_w & (o_h >= 0) & (o_h < height)
+                    x = load_pixels(p_x, stride_c, stride_h, stride_w, o_d, m_d, o_h, o_w, m_n)
+                    sums = sums + (acc[r] + tap * x.to(tl.float32),)
+                acc = sums
+    return acc
+
+
+@triton.jit
+def _add_row_of_window(acc, x, taps, ROW: tl.constexpr):
+    """Row ROW of the window times the taps that carry it to a row of the lane.
+
+    No masked taps: 0 times a NaN would be NaN, beyond the window.
+    """
+    sums = ()
+    for r in tl.static_range(len(acc)):
+        if (ROW - r >= 0) and (ROW - r < len(taps)):
+            sums = sums + (acc[r] + taps[ROW - r] * x,)
+        else:
+            sums = sums + (acc[r],)
+    return sums
+
+
+@triton.jit
+def add_to_rows(acc, p_bias, stride, o_d, m_d):
+    """Every row plus a bias per channel; masked channels stay as they are."""
+    bias = load(p_bias + o_d.to(tl.int64) * stride, m_d).to(tl.float32)[:, None]
+    sums = ()
+    for r in tl.static_range(len(acc)):
+        sums = sums + (acc[r] + bias,)
+    return sums
+
+
+@triton.jit
+def add_products(out, acc, p_weight, stride_wo, stride_wi, o_r, m_r, o_d, m_d, PRECISION: tl.constexpr):
+    """out + P[o_r, o_d] acc for every row."""
+    p = p_weight + (o_r.to(tl.int64) * stride_wo)[:, None] + (o_d.to(tl.int64) * stride_wi)[None, :]
+    weight = operand(load(p, m_r[:, None] & m_d[None, :]), PRECISION)
+    sums = ()
+    for r in tl.static_range(len(acc)):
+        sums = sums + (tl.dot(weight, rounded(acc[r], PRECISION), out[r], input_precision=PRECISION),)
+    return sums
+
+
+@triton.jit
+def pointwise_rows(
+    acc, p_weight, stride_wo, stride_wi, p_depthwise_bias, stride_db, p_pointwise_bias, stride_pb, o_r, m_r, o_d, m_d,
+    HAS_DEPTHWISE_BIAS: tl.constexpr, HAS_POINTWISE_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P (acc + depthwise bias) + pointwise bias: for every row of `acc`, the output channels o_r [rows of P, T].
+
+    All pointers are at the first channel of the group; P is [out, in] with strides stride_wo and stride_wi. o_d are all
+    channels of the group. A bias that is not there needs a pointer all the same, any.
+    """
+    if HAS_DEPTHWISE_BIAS:
+        acc = add_to_rows(acc, p_depthwise_bias, stride_db, o_d, m_d)
+    out = zero_rows(o_r.shape[0], acc[0].shape[1], len(acc))
+    out = add_products(out, acc, p_weight, stride_wo, stride_wi, o_r, m_r, o_d, m_d, PRECISION)
+    if HAS_POINTWISE_BIAS:
+        out = add_to_rows(out, p_pointwise_bias, stride_pb, o_r, m_r)
+    return out
+
+
+@triton.jit
+def aggregate_rows(
+    p_x, stride_c, stride_h, stride_w, rows, cols, height, width,
+    p_depthwise, stride_dc, stride_dh, stride_dw, p_pointwise, stride_po, stride_pi,
+    p_depthwise_bias, stride_db, p_pointwise_bias, stride_pb, o_r, m_r,
+    D: tl.constexpr, BLOCK_C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+    HAS_DEPTHWISE_BIAS: tl.constexpr, HAS_POINTWISE_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P (D * x + depthwise bias) + pointwise bias: for every row, the output channels o_r of one group.
+
+    BLOCK_C input channels at a time. All pointers are at the first channel of the group.
+    """
+    o_c = tl.arange(0, BLOCK_C)
+    out = zero_rows(o_r.shape[0], cols.shape[0], ROWS)
+    if D <= BLOCK_C:
+        acc = depthwise_rows(
+            p_x, stride_c, stride_h, stride_w, o_c, o_c < D, rows, cols, height, width,
+            p_depthwise, stride_dc, stride_dh, stride_dw, K, ROWS,
+        )  # fmt: skip
+        return pointwise_rows(
+            acc, p_pointwise, stride_po, stride_pi, p_depthwise_bias, stride_db, p_pointwise_bias, stride_pb,
+            o_r, m_r, o_c, o_c < D, HAS_DEPTHWISE_BIAS, HAS_POINTWISE_BIAS, PRECISION,
+        )  # fmt: skip
+    for start in range(0, D, BLOCK_C):
+        o_d = start + o_c
+        acc = depthwise_rows(
+            p_x, stride_c, stride_h, stride_w, o_d, o_d < D, rows, cols, height, width,
+            p_depthwise, stride_dc, stride_dh, stride_dw, K, ROWS,
+        )  # fmt: skip
+        if HAS_DEPTHWISE_BIAS:
+            acc = add_to_rows(acc, p_depthwise_bias, stride_db, o_d, o_d < D)
+        out = add_products(out, acc, p_pointwise, stride_po, stride_pi, o_r, m_r, o_d, o_d < D, PRECISION)
+    if HAS_POINTWISE_BIAS:
+        out = add_to_rows(out, p_pointwise_bias, stride_pb, o_r, m_r)
+    return out
