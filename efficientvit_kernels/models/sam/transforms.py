@@ -30,7 +30,7 @@ class ResizeLongestSide:
             return image
         pil = require("PIL.Image", "ResizeLongestSide.apply_image")
         resized = pil.fromarray(np.ascontiguousarray(image)).resize(size[::-1], pil.Resampling.BILINEAR)
-        return np.array(resized)  # a copy: torch wants memory that it may write to
+        return np.asarray(resized)
 
     def apply_coords(self, coords: npt.ArrayLike, original_size: tuple[int, int]) -> npt.NDArray[np.float64]:
         """(x, y) pairs [..., 2] in pixels of the original [H, W] image -> in pixels of the resized one."""
