@@ -12,6 +12,8 @@ from tests.models.golden_models import TOLERANCE, compare, golden_image
 from tests.models.model_checks import TOLERANCE_64, check_macs, check_state_and_size
 from tests.models.sam_common import golden_prompts, make_golden_sam, sam_l0
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NIGHTLY_SIZES = [pytest.param(size, marks=pytest.mark.nightly) for size in ("l1", "xl1")]
 
 

@@ -13,6 +13,8 @@ from efficientvit_kernels.models.sam.mask_decoder import MaskDecoder
 from efficientvit_kernels.models.sam.prompt_encoder import PromptEncoder
 from tests.models.sam_common import BOXES, POINTS, embedding_l0, golden_prompts, mask_prompt, sam_l0
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COORDS, LABELS = POINTS
 
 
