@@ -52,3 +52,9 @@ def fresh_compiler() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def one_thread(threads: None) -> None:
+    """For many small cases: torch's own small convolutions spend their time on starting threads."""
+    torch.set_num_threads(1)

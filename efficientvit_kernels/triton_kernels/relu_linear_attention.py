@@ -11,6 +11,7 @@ rows make up a head.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +22,18 @@ from torch import Tensor
 
 from ..ops._fakes import empty_image
 from .configs import MAX_SUMMED_SPLITS, AttentionConfig, attention_config, tokens_per_split
-from .launch import block_of, launch, product_precision, token_strides
-from .tile import load, narrowed, operand, relu, rounded, stored_operand, token_offsets
+from .launch import arch_of, block_of, launch, product_precision, token_strides
+from .tile import load, narrowed, operand, relu, remainder, rounded, stored_operand, token_offsets
+
+
+# Counts that no address is vectorised by: without them in its key a kernel is compiled once for all resolutions that are
+# equally aligned.
+_COUNTS = ("width", "splits", "blocks", "heads", "groups", "first_group")
+
+
+def _kernel(function):
+    names = inspect.signature(function).parameters
+    return triton.jit(function, do_not_specialize=[name for name in _COUNTS if name in names])
 
 
 @triton.jit
@@ -55,7 +66,7 @@ def _sum_of_last_rows(p_state, o_d, splits, D: tl.constexpr):
     return total
 
 
-@triton.jit
+@_kernel
 def kv_state_kernel(
     qkv, states, width, tokens, split_tokens, splits, heads, groups, first_group,
     stride_b, stride_c, stride_h, stride_w,
@@ -85,7 +96,7 @@ def kv_state_kernel(
         tl.store(p_state + D * D + o_d, z, mask=o_d < D)
 
 
-@triton.jit
+@_kernel
 def apply_kernel(
     qkv, states, state, out, eps, width, tokens, block_tokens, splits, blocks, heads, groups, first_group,
     stride_b, stride_c, stride_h, stride_w, stride_out_b, stride_out_c, stride_out_n,
@@ -120,7 +131,7 @@ def apply_kernel(
         tl.store(p, narrowed(num / den[None, :], out.dtype.element_ty), mask=(o_r < D)[:, None] & m_n[None, :])
 
 
-@triton.jit
+@_kernel
 def grad_state_kernel(
     grad_out, qkv, state, grad_qkv, grad_states, eps, width, tokens, split_tokens, splits, heads, groups, first_group,
     stride_b, stride_c, stride_h, stride_w, stride_out_b, stride_out_c, stride_out_h, stride_out_w,
@@ -137,7 +148,10 @@ def grad_state_kernel(
     i_group = i_b * groups + first_group + i_head
     p_state = state + i_group * (D + 1) * D
     z = _sum_of_last_rows(p_state, o_d, 1, D)
-    whole = rounded(_sum_of_splits(p_state, o_block, o_d, 1, D), PRECISION)  # all of KV where it is one block
+    TWO_PARTS: tl.constexpr = qkv.dtype.element_ty != tl.float32
+    kv = _sum_of_splits(p_state, o_block, o_d, 1, D)  # all of KV where it is one block
+    high = rounded(kv, PRECISION)
+    low = remainder(kv, high, PRECISION)
     p_q = qkv + i_b * stride_b + (i_head * 3 * D + o_d).to(tl.int64) * stride_c
     p_grad_q = grad_qkv + i_b * stride_grad_b + (i_head * 3 * D + o_d).to(tl.int64) * stride_grad_c
     p_out = grad_out + i_b * stride_out_b + ((first_group + i_head) * D).to(tl.int64) * stride_out_c
@@ -158,10 +172,13 @@ def grad_state_kernel(
             o_c = c * BLOCK_R + o_block
             p = p_out + o_c[:, None].to(tl.int64) * stride_out_c + out_offsets
             grad_num = rounded(load(p, (o_c < D)[:, None] & m_n).to(tl.float32) / den, PRECISION)  # [R, N]
-            rows = whole
             if ROW_BLOCKS > 1:
-                rows = rounded(_sum_of_splits(p_state, o_c, o_d, 1, D), PRECISION)
-            grad_q = tl.dot(tl.trans(rows), grad_num, grad_q, input_precision=PRECISION)  # [D, N]
+                kv = _sum_of_splits(p_state, o_c, o_d, 1, D)
+                high = rounded(kv, PRECISION)
+                low = remainder(kv, high, PRECISION)
+            grad_q = tl.dot(tl.trans(high), grad_num, grad_q, input_precision=PRECISION)  # [D, N]
+            if TWO_PARTS:
+                grad_q = tl.dot(tl.trans(low), grad_num, grad_q, input_precision=PRECISION)
         if ROW_BLOCKS > 1:
             p = p_out + o_r[:, None].to(tl.int64) * stride_out_c + out_offsets
             grad_num = rounded(load(p, (o_r < D)[:, None] & m_n).to(tl.float32) / den, PRECISION)
@@ -177,7 +194,7 @@ def grad_state_kernel(
         tl.store(p_grads + D * D + o_d, grad_z, mask=o_d < D)
 
 
-@triton.jit
+@_kernel
 def grad_kv_kernel(
     qkv, grad_states, grad_qkv, width, tokens, block_tokens, splits, blocks, heads,
     stride_b, stride_c, stride_h, stride_w, stride_grad_b, stride_grad_c, stride_grad_n,
@@ -188,10 +205,14 @@ def grad_kv_kernel(
     i_b, i_head, i_r, i_block = _place(blocks, heads, ROW_BLOCKS)
     o_d, o_r = tl.arange(0, BLOCK_D), i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     p_grads = grad_states + (i_b * heads + i_head) * splits * (D + 1) * D
-    rows = rounded(_sum_of_splits(p_grads, o_r, o_d, splits, D), PRECISION)  # [R, D]
-    columns = rows
+    TWO_PARTS: tl.constexpr = qkv.dtype.element_ty != tl.float32
+    columns = _sum_of_splits(p_grads, o_d, o_r, splits, D)  # [D, R]
+    rows = columns
     if ROW_BLOCKS > 1:
-        columns = rounded(_sum_of_splits(p_grads, o_d, o_r, splits, D), PRECISION)  # [D, R]
+        rows = _sum_of_splits(p_grads, o_r, o_d, splits, D)  # [R, D]
+    rows = rounded(rows, PRECISION)
+    high = rounded(columns, PRECISION)
+    low = remainder(columns, high, PRECISION)
     grad_z = _sum_of_last_rows(p_grads, o_r, splits, D)[:, None]
     p_head = qkv + i_b * stride_b + (i_head * 3 * D).to(tl.int64) * stride_c
     p_grad = grad_qkv + i_b * stride_grad_b + (i_head * 3 * D).to(tl.int64) * stride_grad_c
@@ -208,8 +229,11 @@ def grad_kv_kernel(
         if ROW_BLOCKS > 1:
             k_rows = load(p_head + (D + o_r).to(tl.int64)[:, None] * stride_c + offsets, m_r)  # [R, N]
         grad_v = tl.dot(rows, operand(relu(k), PRECISION), input_precision=PRECISION)
-        grad_k = tl.dot(tl.trans(columns), operand(v, PRECISION), input_precision=PRECISION) + grad_z
-        grad_k = tl.where(k_rows <= 0, 0.0, grad_k)
+        v = operand(v, PRECISION)
+        grad_k = tl.dot(tl.trans(high), v, input_precision=PRECISION)
+        if TWO_PARTS:
+            grad_k = tl.dot(tl.trans(low), v, grad_k, input_precision=PRECISION)
+        grad_k = tl.where(k_rows <= 0, 0.0, grad_k + grad_z)
         grad_offsets = (o_n.to(tl.int64) * stride_grad_n)[None, :]
         p = p_grad + (D + o_r).to(tl.int64)[:, None] * stride_grad_c + grad_offsets
         tl.store(p, narrowed(grad_k, grad_qkv.dtype.element_ty), mask=m_r)
@@ -328,7 +352,9 @@ class _Plan:
 
     def __init__(self, kernel: str, qkv: Tensor, head_dim: int) -> None:
         tokens = qkv.shape[2] * qkv.shape[3]
-        config: AttentionConfig = attention_config(kernel, block_of(head_dim), tokens)
+        precision = product_precision(qkv.dtype)
+        kind = precision if qkv.dtype == torch.float32 else "half"
+        config: AttentionConfig = attention_config(kernel, kind, block_of(head_dim), tokens, arch_of(qkv))
         self.split_tokens = tokens_per_split(tokens)
         self.splits = -(-tokens // self.split_tokens)
         self.row_blocks = -(-head_dim // config.block_r)
@@ -338,7 +364,7 @@ class _Plan:
             "BLOCK_R": config.block_r,
             "ROW_BLOCKS": self.row_blocks,
             "BLOCK_N": config.block_n,
-            "PRECISION": product_precision(qkv.dtype),
+            "PRECISION": precision,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }

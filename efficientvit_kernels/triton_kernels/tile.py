@@ -56,6 +56,16 @@ def stored_operand(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def remainder(x, high, PRECISION: tl.constexpr):
+    """What rounding left of a computed operand, for a second product: 22 bits in all.
+
+    For the products of the backward with a state, whose terms may cancel: with 16-bit storage the official formula in
+    float32 is the measure there. inf and NaN have no remainder.
+    """
+    return rounded(tl.where(tl.abs(high) < float("inf"), x - high, 0.0), PRECISION)
+
+
+@triton.jit
 def narrowed(x, DTYPE: tl.constexpr):
     """fp32 to the type of an output, rounded to nearest; the interpreter would cut bfloat16 off instead."""
     if INTERPRETED and DTYPE == tl.bfloat16:

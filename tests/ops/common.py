@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,20 @@ from efficientvit_kernels import reference, relu_linear_attention
 from efficientvit_kernels.testing import Verdict, gradients, make_qkv, official_relu_linear_attention, rule_t
 
 BACKENDS = ["reference", "cpu"]
+EXECUTORS = [*BACKENDS, "triton"]  # in Triton's interpreter where there is no GPU: slow, so for small samples only
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 HALF = (torch.float16, torch.bfloat16)
 LAYOUTS = ["nchw", "channels_last", "transposed", "permuted", "sliced", "offset", "expanded"]
+
+
+def executors(dtypes: Sequence[torch.dtype] = (torch.float32,)) -> list[tuple[str, torch.dtype]]:
+    """Pairs of an executor and a dtype that it serves, for tests of the arguments "backend" and "dtype"."""
+    return [(name, dtype) for name in EXECUTORS for dtype in dtypes if (name, dtype) != ("triton", torch.float64)]
+
+
+def device_of(backend: str) -> str:
+    """Where a backend's tensors lie; Triton's interpreter takes those of the CPU."""
+    return "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -105,10 +117,12 @@ def as_layout(x: Tensor, layout: str) -> Tensor:
 
 
 def run(qkv: list[Tensor], head_dim: int, eps: float, backend: str, seed: int = 1) -> tuple[Tensor, list[Tensor]]:
-    """Output and gradients of qkv for a fixed random grad_out."""
-    leaves = [tensor.detach().requires_grad_() for tensor in qkv]
+    """Output and gradients of qkv, on the CPU, for a fixed random grad_out."""
+    device = device_of(backend)
+    leaves = [tensor.detach().to(device).requires_grad_() for tensor in qkv]
     out = relu_linear_attention(leaves, head_dim, eps=eps, backend=backend)
-    return out.detach(), gradients(out, grad_out_like(out, seed), leaves)
+    grads = gradients(out, grad_out_like(out, seed).to(device), leaves)
+    return out.detach().cpu(), [grad.cpu() for grad in grads]
 
 
 def grad_out_like(out: Tensor, seed: int = 1) -> Tensor:

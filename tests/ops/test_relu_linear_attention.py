@@ -10,7 +10,19 @@ from torch import Tensor
 
 from efficientvit_kernels import reference, relu_linear_attention
 from efficientvit_kernels.testing import Verdict, make_qkv, native_calls
-from tests.ops.common import BACKENDS, DTYPES, SAMPLES, Sample, as_layout, grad_out_like, judge, run
+from tests.ops.common import (
+    BACKENDS,
+    DTYPES,
+    EXECUTORS,
+    SAMPLES,
+    Sample,
+    as_layout,
+    device_of,
+    executors,
+    grad_out_like,
+    judge,
+    run,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -138,7 +150,7 @@ def test_repeats_give_equal_bits() -> None:
         assert all(torch.equal(a, b) for a, b in zip(grads, first[1], strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXECUTORS)
 def test_images_heads_and_scales_are_independent(backend: str) -> None:
     """E28: what image, head or scale j holds leaves the bits of the others alone."""
     qkv = make_qkv(3, 2, 16, 9, 9, scales=2)
@@ -155,11 +167,10 @@ def test_images_heads_and_scales_are_independent(backend: str) -> None:
     assert torch.equal(grads[1][:, :48], grads2[1][:, :48])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), executors([torch.float32, torch.bfloat16]), ids=str)
 def test_laws(backend: str, dtype: torch.dtype) -> None:
     """T6: laws of the formula that hold without an oracle."""
-    qkv = make_qkv(2, 2, 16, 8, 9, dtype=dtype)[0]
+    qkv = make_qkv(2, 2, 16, 8, 9, dtype=dtype)[0].to(device_of(backend))
     packed = qkv.reshape(2, 2, 48, 72)
 
     def attend(x: Tensor) -> Tensor:
@@ -173,7 +184,7 @@ def test_laws(backend: str, dtype: torch.dtype) -> None:
     assert (out >= v.amin(-1, keepdim=True).clamp(max=0) - slack).all()
     # Scaling q per token, or all k, by a power of two cancels: equal bits.
     scaled = packed.clone()
-    scaled[:, :, :16] *= 2.0 ** torch.randint(-3, 4, (2, 2, 1, 72)).to(dtype)
+    scaled[:, :, :16] *= 2.0 ** torch.randint(-3, 4, (2, 2, 1, 72)).to(qkv)
     scaled[:, :, 16:32] *= 4
     assert torch.equal(attend(scaled), out)
     # Scaling v by a power of two scales the output exactly.
@@ -234,16 +245,3 @@ def test_inputs_are_not_changed() -> None:
     assert all(torch.equal(a, b) for a, b in zip(qkv, copies, strict=True))
     grad_out = grad_out_like(out)
     assert torch.equal(grad_out, grad_out_like(out))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cuda_tensors_take_the_reference(dtype: torch.dtype) -> None:
-    """Until there are GPU kernels: the right result on the right device, and no native call."""
-    qkv = make_qkv(2, 2, 16, 9, 7, scales=2, dtype=dtype)
-    before = native_calls()
-    out = relu_linear_attention([tensor.cuda() for tensor in qkv], 16)
-    assert native_calls() == before
-    assert out.is_cuda
-    expected = reference.relu_linear_attention([tensor.double() for tensor in qkv], 16)
-    assert (out.cpu().double() - expected).abs().max() <= 8 * torch.finfo(dtype).eps * expected.abs().max()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from efficientvit_kernels import reference, relu_linear_attention
 from efficientvit_kernels.testing import make_qkv, official_relu_linear_attention, rule_t
-from tests.ops.common import BACKENDS, DTYPES, HALF, grad_out_like, run, truth_and_base
+from tests.ops.common import DTYPES, EXECUTORS, HALF, device_of, executors, grad_out_like, run, truth_and_base
 
 inf, nan = float("inf"), float("nan")
 
@@ -32,8 +32,7 @@ def part(qkv: Tensor, name: str, dim: int = 16) -> Tensor:
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
 @pytest.mark.parametrize("size", [8, 3], ids=["linear", "quadratic"])  # as the official module would choose
 @pytest.mark.parametrize("what", ["k", "q", "all"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), executors(DTYPES), ids=str)
 def test_e1_e2_zero_denominators(backend: str, dtype: torch.dtype, what: str, size: int, scale: float) -> None:
     """T4: no positive q or k: exact 0 in the output and in every gradient, however large grad_out is."""
     qkv = packed(size=size, dtype=dtype)
@@ -41,17 +40,16 @@ def test_e1_e2_zero_denominators(backend: str, dtype: torch.dtype, what: str, si
         part(qkv, name).abs_().neg_()
     if what == "all":
         qkv.zero_()
-    leaf = qkv.requires_grad_()
+    leaf = qkv.to(device_of(backend)).requires_grad_()
     out = relu_linear_attention(leaf, 16, backend=backend)
-    (grad,) = torch.autograd.grad(out, leaf, (grad_out_like(out) * scale).clamp(-6e4, 6e4))
+    (grad,) = torch.autograd.grad(out, leaf, (grad_out_like(out).to(leaf.device) * scale).clamp(-6e4, 6e4))
     assert torch.equal(out, torch.zeros_like(out))
     assert torch.equal(grad, torch.zeros_like(grad))
 
 
 @pytest.mark.parametrize("magnitude", [60.0, 64.0, 300.0, 3e4, 6e4])
 @pytest.mark.parametrize("size", [8, 4], ids=["linear", "quadratic"])
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), executors([torch.float32, *HALF]), ids=str)
 def test_e3_e4_large_magnitudes(backend: str, dtype: torch.dtype, size: int, magnitude: float) -> None:
     """With q = k = v = magnitude everywhere, the output is a mean of equal values. A 16-bit state would overflow."""
     qkv = torch.full((1, 96, size, size), magnitude).to(dtype)
@@ -60,8 +58,7 @@ def test_e3_e4_large_magnitudes(backend: str, dtype: torch.dtype, size: int, mag
     assert torch.isfinite(grads[0]).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), executors([torch.float32, *HALF]), ids=str)
 def test_e4_random_large_magnitudes(backend: str, dtype: torch.dtype) -> None:
     qkv = (torch.rand(1, 96, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1) * 6e4
     qkv = qkv.to(dtype)
@@ -73,8 +70,7 @@ def test_e4_random_large_magnitudes(backend: str, dtype: torch.dtype) -> None:
     assert torch.isfinite(grads[0]).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), executors([torch.float32, torch.bfloat16]), ids=str)
 def test_e6_finite_up_to_1e12(backend: str, dtype: torch.dtype) -> None:
     qkv = (make_qkv(1, 2, 16, 32, 32)[0] * 2e11).to(dtype)
     out, _ = run([qkv], 16, 1e-15, backend)
@@ -84,7 +80,7 @@ def test_e6_finite_up_to_1e12(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-7, 1e-8, 1e-10, 1e-20])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXECUTORS)
 def test_e9_eps_counts_in_full(backend: str, scale: float) -> None:
     """For tiny q and k the eps of 1e-15 dominates the denominator, in float32 as in float64."""
     qkv = packed()
@@ -96,7 +92,7 @@ def test_e9_eps_counts_in_full(backend: str, scale: float) -> None:
     assert torch.isfinite(grads[0]).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXECUTORS)
 def test_e10_half_inputs_that_underflow(backend: str) -> None:
     qkv = packed()
     part(qkv, "q").mul_(1e-9)
@@ -111,8 +107,7 @@ def mask_of(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("value", [nan, inf, -inf])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), executors(DTYPES), ids=str)
 def test_e11_e12_e13_special_values(backend: str, dtype: torch.dtype, name: str, value: float) -> None:
     """T3: one NaN or inf spreads exactly as the linear formula in float32 spreads it, forward and backward."""
     qkv = packed(batch=2, dtype=dtype)
@@ -143,9 +138,9 @@ def test_nan_in_every_lane(dtype: torch.dtype, count: int) -> None:
         assert torch.equal(torch.isnan(grads[0]), torch.isnan(expected_grads[0]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXECUTORS)
 def test_nan_in_grad_out_stays_in_its_head_and_image(backend: str) -> None:
-    qkv = packed(batch=2).requires_grad_()
+    qkv = packed(batch=2).to(device_of(backend)).requires_grad_()
     out = relu_linear_attention(qkv, 16, backend=backend)
     grad_out = torch.ones_like(out)
     grad_out[1, 20, 3, 3] = nan
@@ -155,8 +150,7 @@ def test_nan_in_grad_out_stays_in_its_head_and_image(backend: str) -> None:
     assert torch.isnan(grad[1, 48:]).any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), executors([torch.float32, *HALF]), ids=str)
 def test_e26_one_tiny_positive_key(backend: str, dtype: torch.dtype) -> None:
     """The official bfloat16 gradient of k cancels catastrophically here; ours may err as float32 does, not more.
 
@@ -179,7 +173,7 @@ def test_e26_one_tiny_positive_key(backend: str, dtype: torch.dtype) -> None:
     assert worst["ours"] <= 2 * worst["base"], worst
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXECUTORS)
 def test_e27_flush_denormal(backend: str) -> None:
     qkv = packed()
     part(qkv, "q").mul_(1e-20)
@@ -198,11 +192,11 @@ def test_e27_flush_denormal(backend: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 96, 8, 8), (2, 96, 0, 8), (2, 96, 8, 0), (0, 96, 0, 0), (2, 0, 3, 3)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), executors(DTYPES), ids=str)
 def test_e15_e16_empty_inputs(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        qkv = torch.zeros(shape, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
+        qkv = torch.zeros(shape, dtype=dtype, device=device_of(backend)).contiguous(memory_format=memory_format)
+        qkv.requires_grad_()
         out = relu_linear_attention([qkv, qkv], 16, backend=backend)
         assert out.shape == (shape[0], 2 * shape[1] // 3, *shape[2:])
         assert out.dtype == dtype
@@ -210,10 +204,10 @@ def test_e15_e16_empty_inputs(backend: str, dtype: torch.dtype, shape: tuple[int
         assert grad.shape == qkv.shape
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXECUTORS)
 def test_no_eps(backend: str) -> None:
     """eps = 0 is allowed: 0 / 0 is then NaN, as the formula says."""
-    qkv = torch.zeros(1, 48, 4, 4)
+    qkv = torch.zeros(1, 48, 4, 4, device=device_of(backend))
     qkv[:, :, 2:] = 1
     out = relu_linear_attention(qkv, 16, eps=0.0, backend=backend)
     assert torch.isnan(out[:, :, :2]).all()

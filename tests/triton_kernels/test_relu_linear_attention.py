@@ -1,0 +1,116 @@
+"""The Triton kernels of relu_linear_attention: rule T, exact states, determinism, layouts.
+
+In the interpreter where there is no GPU. The edge table and the laws are in tests/ops, for all executors.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+import torch
+
+from efficientvit_kernels.testing import make_qkv, triton_launches
+from efficientvit_kernels.triton_kernels import configs, launch
+from efficientvit_kernels.triton_kernels.relu_linear_attention import relu_linear_attention_fwd
+from tests.ops.common import HALF, SAMPLES, Sample, as_layout, device_of, judge, run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+DTYPES = [torch.float32, *HALF]
+SMALL = [
+    sample
+    for sample in SAMPLES
+    if sample.batch * sample.heads * sample.scales <= 8 and sample.tokens <= 260 and sample.head_dim <= 65
+]
+WIDE = [  # several blocks of rows of the state, several splits of the tokens, more than a reader adds up itself
+    Sample(1, 1, 96, 5, 7),
+    Sample(2, 1, 112, 4, 9, layout="channels_last"),
+    Sample(1, 1, 160, 6, 5, layout="sliced"),
+    Sample(1, 1, 16, 20, 27, scales=2),
+    Sample(1, 1, 16, 40, 33, layout="channels_last"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sample", [*SMALL[::3], *WIDE], ids=str)
+def test_rule_t(sample: Sample, dtype: torch.dtype) -> None:
+    before = triton_launches()
+    verdicts = judge(sample.make(dtype), sample.head_dim, sample.eps, "triton")
+    assert all(verdict.ok for verdict in verdicts.values()), {name: str(verdict) for name, verdict in verdicts.items()}
+    assert triton_launches() - before == 4 * sample.scales
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sample", [*SMALL, Sample(1, 1, 300, 3, 3)], ids=str)
+def test_rule_t_of_all_small_samples(sample: Sample, dtype: torch.dtype) -> None:
+    test_rule_t(sample, dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "forward", "backward"),
+    [(torch.float32, 1.5, 1.5), (torch.float16, 2.0, 2.0), (torch.bfloat16, 0.7, 1.0)],
+    ids=str,
+)
+def test_median_error_meets_the_target(dtype: torch.dtype, forward: float, backward: float) -> None:
+    """T2: the median over samples of our error against the official formula's."""
+    ratios: dict[str, list[float]] = {"out": [], "grad": []}
+    for sample in SMALL[1::4]:
+        if sample.tokens > sample.head_dim:
+            for name, verdict in judge(sample.make(dtype), sample.head_dim, sample.eps, "triton").items():
+                ratios["out" if name == "out" else "grad"].append(verdict.ratio)
+    assert len(ratios["out"]) > 8
+    assert statistics.median(ratios["out"]) <= forward
+    assert statistics.median(ratios["grad"]) <= backward
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_dim", "height", "width"), [(16, 14, 14), (33, 9, 33), (5, 40, 33), (96, 5, 5)])
+def test_integers_give_the_exact_state(head_dim: int, height: int, width: int, dtype: torch.dtype) -> None:
+    """T5: sums below 2^24 are exact in float32, so every order of summation gives the same state."""
+    shape = (1, 2 * 3 * head_dim, height, width)
+    qkv = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0))
+    _, state = relu_linear_attention_fwd([qkv.to(device_of("triton"), dtype)], head_dim, 1e-15)
+    _, k, v = qkv.reshape(1, 2, 3 * head_dim, -1).split(head_dim, dim=2)
+    k = k.clamp(min=0)
+    expected = torch.cat([v @ k.transpose(-1, -2), k.sum(-1).unsqueeze(2)], dim=2)
+    assert int(expected.abs().max()) < 2**24
+    assert torch.equal(state.cpu(), expected.float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts_and_repeats_give_equal_results(dtype: torch.dtype) -> None:
+    """Two runs are bit-equal. So are layouts in the interpreter; a GPU may order the terms of a product by layout."""
+    qkv = make_qkv(2, 1, 16, 5, 9, dtype=dtype)[0]
+    out, grads = run([qkv], 16, 1e-15, "triton")
+    for layout in ("nchw", "channels_last", "sliced", "transposed", "permuted", "offset"):
+        other, other_grads = run([as_layout(qkv, layout)], 16, 1e-15, "triton")
+        if layout == "nchw" or device_of("triton") == "cpu":
+            assert torch.equal(other, out), layout
+            assert torch.equal(other_grads[0], grads[0]), layout
+        tolerance = 4 * torch.finfo(dtype).eps * float(out.abs().max())
+        assert torch.allclose(other, out, rtol=0, atol=tolerance), layout
+        assert other.is_contiguous(memory_format=torch.channels_last) or layout != "channels_last"
+
+
+def test_tf32_only_where_torch_allows_it() -> None:
+    assert launch.product_precision(torch.float32) == "ieee"
+    assert launch.product_precision(torch.bfloat16) == "tf32"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert launch.product_precision(torch.float32) == "tf32"
+        qkv = make_qkv(1, 2, 16, 9, 7)
+        loose, _ = run(qkv, 16, 1e-15, "triton")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    exact, _ = run(qkv, 16, 1e-15, "triton")
+    error = float((loose - exact).abs().max() / exact.abs().max())
+    assert 1e-6 < error < 2e-3  # operands with 11 bits
+
+
+def test_splits_depend_on_the_tokens_alone() -> None:
+    assert [configs.tokens_per_split(tokens) for tokens in (1, 256, 257, 8192, 8193)] == [256, 256, 256, 256, 512]
+    for tokens in (1, 49, 4096, 16384, 10**6):
+        split = configs.tokens_per_split(tokens)
+        assert split % configs.TOKENS_PER_SPLIT == 0
+        assert -(-tokens // split) <= configs.MAX_SPLITS
