@@ -50,7 +50,12 @@ class _RefusedError(Exception):
 
 
 def load_weights(
-    model: nn.Module, source: str | os.PathLike[str], *, sha256: str | None = None, strict: bool = True
+    model: nn.Module,
+    source: str | os.PathLike[str],
+    *,
+    sha256: str | None = None,
+    strict: bool = True,
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> None:
     """Loads a checkpoint into `model`, or leaves the model untouched and raises.
 
@@ -64,6 +69,7 @@ def load_weights(
         sha256: the file's digest in hex; any other file is refused.
         strict: keys that are missing or left over are errors. Otherwise only the keys common to both are loaded, of
             which there must be at least one; shapes must fit in any case.
+        convert: makes the model's keys of the file's, such as `efficientvit_kernels.models.convert.timm_to_official`.
 
     Raises:
         CheckpointError: unreadable, damaged or malicious file, wrong digest, no state dict, keys, shapes or kinds of
@@ -81,6 +87,11 @@ def load_weights(
     full_names = _strip_wrappers({name: name for name in named})
     targets = {short: named[name] for short, name in full_names.items()}
     state = _read(source, sha256, mapped=True)
+    if convert is not None:
+        try:
+            state = convert(state)
+        except ValueError as error:
+            raise CheckpointError(source, f"cannot be converted: {error}") from error
     problems = _misfits(state, targets, strict)
     if problems:
         raise CheckpointError(source, f"does not fit {type(model).__name__}: {'; '.join(problems)}")
