@@ -16,7 +16,7 @@ from benchmarks.gpu.device import OpsCalled
 from benchmarks.gpu.parts import FailedError, NotRunError
 from benchmarks.shapes import Shape
 from efficientvit_kernels import reference, testing
-from efficientvit_kernels.ops._backends import why_not
+from efficientvit_kernels.ops._backends import DEVICE_OF_BACKEND, why_not
 
 Arguments = dict[str, Any]  # keyword arguments of a public op: tensors, lists of tensors, numbers
 Results = dict[str, Tensor]
@@ -44,8 +44,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def runnable(device: str) -> list[str]:
-    """The backends with kernels of their own that can serve this device."""
-    return [backend for backend in ("cpu", "triton", "cuda") if why_not(backend, device) is None]
+    """The backends with kernels for this device that can run; Triton's interpreter, on CPU tensors, is not meant."""
+    return [name for name, where in DEVICE_OF_BACKEND.items() if where == device and why_not(name, device) is None]
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,7 @@ class Tally:
     ratios: dict[str, list[float]] = field(default_factory=dict)  # error over the base's, for T2
     failed: list[str] = field(default_factory=list)
     retried: list[str] = field(default_factory=list)
+    not_run: dict[str, str] = field(default_factory=dict)  # samples that the backend does not serve
     samples: int = 0
     left: int = 0
 
@@ -137,6 +138,8 @@ class Tally:
                 self.failed.append(f"{sample}: {name}: {verdict}")
 
     def result(self) -> dict[str, Any]:
+        if self.not_run and not self.samples:
+            raise NotRunError(next(iter(self.not_run.values())))
         found: dict[str, Any] = {
             "samples": self.samples,
             "worst_share_of_budget": self.share,
@@ -144,6 +147,7 @@ class Tally:
             "median_ratio": {kind: sorted(values)[len(values) // 2] for kind, values in self.ratios.items()},
             "retried": self.retried[:20],
         } | ({"samples_left": self.left} if self.left else {})
+        found |= {"not_run": self.not_run} if self.not_run else {}
         if self.failed:
             raise FailedError(f"{len(self.failed)} results; {self.failed[0]}", found | {"failed": self.failed[:20]})
         return found
@@ -166,7 +170,11 @@ def judged(samples: Samples, op: str, backend: str, dtype: torch.dtype, context:
 
 def judge_into(tally: Tally, sample: Sample, backend: str, dtype: torch.dtype, context: Context) -> None:
     for seed in range(TRIES):
-        verdicts = judge(sample, backend, dtype, context, seed)
+        try:
+            verdicts = judge(sample, backend, dtype, context, seed)
+        except NotRunError as reason:
+            tally.not_run[f"{sample}, {name_of(dtype)}"] = str(reason)
+            return
         wrong = [name for name, verdict in verdicts.items() if not verdict.ok]
         if not wrong or seed == TRIES - 1 or not all(forgivable(name, verdicts[name]) for name in wrong):
             break
@@ -231,11 +239,20 @@ def edges(op: str, backend: str, dtype: torch.dtype, context: Context) -> dict[s
         for maker in (edge_cases, zero_cases, integer_cases):
             cases |= maker(op, backend, dtype, context)
         cases["E4: magnitudes up to 3e4"] = partial(large_magnitudes, op, backend, dtype, context)
-        outcome = {name: case() or "ok" for name, case in cases.items()}
+        outcome = {name: outcome_of(case) for name, case in cases.items()}
+    if all(text.startswith("not run: ") for text in outcome.values()):
+        raise NotRunError(next(iter(outcome.values())).removeprefix("not run: "))
     wrong = {name: text for name, text in outcome.items() if text != "ok" and not text.startswith("not run")}
     if wrong:
         raise FailedError("; ".join(f"{name}: {text}" for name, text in wrong.items())[:500], outcome)
     return outcome
+
+
+def outcome_of(case: Callable[[], str | None]) -> str:
+    try:
+        return case() or "ok"
+    except NotRunError as reason:
+        return f"not run: {reason}"
 
 
 def large_magnitudes(op: str, backend: str, dtype: torch.dtype, context: Context) -> str | None:
@@ -259,7 +276,7 @@ def fuzz(op: str, backend: str, context: Context) -> dict[str, Any]:
     tally, chosen, counts = Tally(), random.Random(0), {name_of(dtype): 0 for dtype in DTYPES}
     end = time.monotonic() + context.budget(FUZZ_S)
     with device.tf32(False):
-        while time.monotonic() < end or not tally.samples:
+        while time.monotonic() < end or not (tally.samples or tally.not_run):
             dtype = chosen.choice((torch.float16, torch.float16, torch.bfloat16, torch.bfloat16, torch.float32))
             judge_into(tally, random_sample(op, chosen), backend, dtype, context)
             counts[name_of(dtype)] += 1
