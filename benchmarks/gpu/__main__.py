@@ -7,9 +7,11 @@ import json
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
+import torch
+
+from benchmarks.gpu import store
 from benchmarks.gpu.parts import LIMIT_S, PARTS, Context, run_part, steps_of
 from benchmarks.report import format_table
 
@@ -43,8 +45,6 @@ def main(words: list[str] | None = None) -> int:
 
 
 def why_no_device(device: str) -> str | None:
-    import torch
-
     if device == "cpu" or torch.cuda.is_available():
         return None
     return "no CUDA device is available (to try the script itself: --device cpu --quick)"
@@ -60,12 +60,8 @@ def show_list(arguments: argparse.Namespace) -> int:
 
 
 def run_one(arguments: argparse.Namespace) -> int:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of a tree without its CPU library
-        from benchmarks.gpu import store
-
-        out = arguments.out or store.folder(arguments.device)
-        header = store.header(arguments.part, arguments.device, arguments.quick, arguments.commit)
+    out = arguments.out or store.folder(arguments.device)
+    header = store.header(arguments.part, arguments.device, arguments.quick, arguments.commit)
     file = store.Store(out / f"{arguments.part}.json", header, arguments.resume)
     if file.note:
         print(f"{arguments.part}: {file.note}", flush=True)
@@ -85,9 +81,7 @@ def options(arguments: argparse.Namespace) -> list[str]:
 
 def run_all(arguments: argparse.Namespace) -> int:
     """Every part in a process of its own, then a table. 0 when nothing failed in any of them."""
-    from benchmarks.gpu.store import folder
-
-    out = arguments.out or folder(arguments.device)
+    out = arguments.out or store.folder(arguments.device)
     words = [*options(arguments), "--limit-s", str(arguments.limit_s), *(["--resume"] if arguments.resume else [])]
     lines = [["part", "status", "ok", "failed", "not run", "left", "seconds"]]
     worst = 0
