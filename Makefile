@@ -3,6 +3,7 @@ PYTHON ?= python3
 MAX_JOBS ?= 2
 IMAGE ?=
 BENCH ?=
+GPU ?=
 export MAX_JOBS
 
 VENV := .venv
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.* csrc/*/*.*) efficientvit_kernels/_build.py
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test check format build bench gpu sanitize nightly abi sdist clean
+.PHONY: demo test check format build bench gpu gpu-here sanitize nightly abi sdist clean
 
 demo: $(STAMP)
 	$(BIN)/python -m efficientvit_kernels demo $(if $(IMAGE),--image "$(IMAGE)")
@@ -40,9 +41,13 @@ bench: $(STAMP)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[bench]"
 	$(BIN)/python -m efficientvit_kernels bench $(BENCH)
 
-# The checks that need a GPU; without one pytest reports them as skipped.
+# Everything that needs a GPU, in parts; docs/gpu-status.md says how to run them one by one. make gpu GPU="--resume"
 gpu: $(STAMP)
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks.gpu all $(GPU)
+
+# The same with the torch and Triton of $(PYTHON): nothing is installed or built.
+gpu-here:
+	$(PYTHON) -m benchmarks.gpu all $(GPU)
 
 # Address and undefined-behaviour sanitizers on every instruction set that this CPU has. Races between tasks and planted
 # faults, which must be reported, come with `make nightly`.
