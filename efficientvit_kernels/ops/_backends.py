@@ -12,7 +12,7 @@ from .. import _library
 # The fastest first. "auto" takes the first that can run; interpreted Triton is never among them.
 PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 DEVICE_OF_BACKEND = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
-TRITON_MAX_HEAD_DIM = 512
+TRITON_MAX_HEAD_DIM = 256
 
 
 def why_not(

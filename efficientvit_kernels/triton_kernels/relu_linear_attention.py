@@ -11,7 +11,6 @@ rows make up a head.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,19 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops._fakes import empty_image
+from .attention_state import last_rows_sum, store_state_rows, sum_of_splits
 from .configs import MAX_SUMMED_SPLITS, AttentionConfig, attention_config, tokens_per_split
 from .launch import arch_of, block_of, launch, product_precision, token_strides
-from .tile import load, narrowed, operand, relu, remainder, rounded, stored_operand, token_offsets
-
-
-# Counts that no address is vectorised by: without them in its key a kernel is compiled once for all resolutions that are
-# equally aligned.
-_COUNTS = ("width", "splits", "blocks", "heads", "groups", "first_group")
-
-
-def _kernel(function):
-    names = inspect.signature(function).parameters
-    return triton.jit(function, do_not_specialize=[name for name in _COUNTS if name in names])
+from .tile import kernel, load, narrowed, operand, relu, remainder, rounded, stored_operand, token_offsets
 
 
 @triton.jit
@@ -46,27 +36,7 @@ def _place(splits, heads, ROW_BLOCKS: tl.constexpr):
     return (i_bh // heads).to(tl.int64), i_bh % heads, i_r, i_split
 
 
-@triton.jit
-def _sum_of_splits(p_state, o_row, o_col, splits, D: tl.constexpr):
-    """Rows o_row and columns o_col of a state, its splits added in their order."""
-    m = (o_row < D)[:, None] & (o_col < D)[None, :]
-    p = p_state + o_row[:, None] * D + o_col[None, :]
-    total = tl.load(p, mask=m, other=0.0)
-    for s in range(1, splits):
-        total += tl.load(p + s * (D + 1) * D, mask=m, other=0.0)
-    return total
-
-
-@triton.jit
-def _sum_of_last_rows(p_state, o_d, splits, D: tl.constexpr):
-    p = p_state + D * D + o_d
-    total = tl.load(p, mask=o_d < D, other=0.0)
-    for s in range(1, splits):
-        total += tl.load(p + s * (D + 1) * D, mask=o_d < D, other=0.0)
-    return total
-
-
-@_kernel
+@kernel
 def kv_state_kernel(
     qkv, states, width, tokens, split_tokens, splits, heads, groups, first_group,
     stride_b, stride_c, stride_h, stride_w,
@@ -91,12 +61,10 @@ def kv_state_kernel(
         kv = tl.dot(stored_operand(v, PRECISION), tl.trans(stored_operand(k, PRECISION)), kv, input_precision=PRECISION)
         z += tl.sum(k.to(tl.float32), axis=1)
     p_state = states + ((i_b * groups + first_group + i_head) * splits + i_split) * (D + 1) * D
-    tl.store(p_state + o_r[:, None] * D + o_d[None, :], kv, mask=(o_r < D)[:, None] & (o_d < D)[None, :])
-    if i_r == 0:
-        tl.store(p_state + D * D + o_d, z, mask=o_d < D)
+    store_state_rows(p_state, kv, z, o_r, o_d, D)
 
 
-@_kernel
+@kernel
 def apply_kernel(
     qkv, states, state, out, eps, width, tokens, block_tokens, splits, blocks, heads, groups, first_group,
     stride_b, stride_c, stride_h, stride_w, stride_out_b, stride_out_c, stride_out_n,
@@ -108,13 +76,11 @@ def apply_kernel(
     o_d, o_r = tl.arange(0, BLOCK_D), i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     i_group = i_b * groups + first_group + i_head
     p_states = states + i_group * splits * (D + 1) * D
-    kv = _sum_of_splits(p_states, o_r, o_d, splits, D)
-    z = _sum_of_last_rows(p_states, o_d, splits, D)
+    kv = sum_of_splits(p_states, o_r, o_d, splits, D)
+    z = last_rows_sum(p_states, o_d, splits, D)
     if STORE_STATE:
         if i_block == 0:
-            p_state = state + i_group * (D + 1) * D
-            tl.store(p_state + o_r[:, None] * D + o_d[None, :], kv, mask=(o_r < D)[:, None] & (o_d < D)[None, :])
-            tl.store(p_state + D * D + o_d, z, mask=(o_d < D) & (i_r == 0))
+            store_state_rows(state + i_group * (D + 1) * D, kv, z, o_r, o_d, D)
     kv = rounded(kv, PRECISION)
     p_q = qkv + i_b * stride_b + (i_head * 3 * D + o_d).to(tl.int64) * stride_c
     p_out = out + i_b * stride_out_b + ((first_group + i_head) * D + o_r).to(tl.int64) * stride_out_c
@@ -131,7 +97,7 @@ def apply_kernel(
         tl.store(p, narrowed(num / den[None, :], out.dtype.element_ty), mask=(o_r < D)[:, None] & m_n[None, :])
 
 
-@_kernel
+@kernel
 def grad_state_kernel(
     grad_out, qkv, state, grad_qkv, grad_states, eps, width, tokens, split_tokens, splits, heads, groups, first_group,
     stride_b, stride_c, stride_h, stride_w, stride_out_b, stride_out_c, stride_out_h, stride_out_w,
@@ -147,9 +113,9 @@ def grad_state_kernel(
     o_r = i_r * BLOCK_R + o_block
     i_group = i_b * groups + first_group + i_head
     p_state = state + i_group * (D + 1) * D
-    z = _sum_of_last_rows(p_state, o_d, 1, D)
+    z = last_rows_sum(p_state, o_d, 1, D)
     TWO_PARTS: tl.constexpr = qkv.dtype.element_ty != tl.float32
-    kv = _sum_of_splits(p_state, o_block, o_d, 1, D)  # all of KV where it is one block
+    kv = sum_of_splits(p_state, o_block, o_d, 1, D)  # all of KV where it is one block
     high = rounded(kv, PRECISION)
     low = remainder(kv, high, PRECISION)
     p_q = qkv + i_b * stride_b + (i_head * 3 * D + o_d).to(tl.int64) * stride_c
@@ -173,7 +139,7 @@ def grad_state_kernel(
             p = p_out + o_c[:, None].to(tl.int64) * stride_out_c + out_offsets
             grad_num = rounded(load(p, (o_c < D)[:, None] & m_n).to(tl.float32) / den, PRECISION)  # [R, N]
             if ROW_BLOCKS > 1:
-                kv = _sum_of_splits(p_state, o_c, o_d, 1, D)
+                kv = sum_of_splits(p_state, o_c, o_d, 1, D)
                 high = rounded(kv, PRECISION)
                 low = remainder(kv, high, PRECISION)
             grad_q = tl.dot(tl.trans(high), grad_num, grad_q, input_precision=PRECISION)  # [D, N]
@@ -189,12 +155,10 @@ def grad_state_kernel(
         p = p_grad_q[:, None] + (o_n.to(tl.int64) * stride_grad_n)[None, :]
         tl.store(p, narrowed(grad_q, grad_qkv.dtype.element_ty), mask=m_d & (i_r == 0))
     p_grads = grad_states + ((i_b * heads + i_head) * splits + i_split) * (D + 1) * D
-    tl.store(p_grads + o_r[:, None] * D + o_d[None, :], grad_kv, mask=(o_r < D)[:, None] & (o_d < D)[None, :])
-    if i_r == 0:
-        tl.store(p_grads + D * D + o_d, grad_z, mask=o_d < D)
+    store_state_rows(p_grads, grad_kv, grad_z, o_r, o_d, D)
 
 
-@_kernel
+@kernel
 def grad_kv_kernel(
     qkv, grad_states, grad_qkv, width, tokens, block_tokens, splits, blocks, heads,
     stride_b, stride_c, stride_h, stride_w, stride_grad_b, stride_grad_c, stride_grad_n,
@@ -206,14 +170,14 @@ def grad_kv_kernel(
     o_d, o_r = tl.arange(0, BLOCK_D), i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     p_grads = grad_states + (i_b * heads + i_head) * splits * (D + 1) * D
     TWO_PARTS: tl.constexpr = qkv.dtype.element_ty != tl.float32
-    columns = _sum_of_splits(p_grads, o_d, o_r, splits, D)  # [D, R]
+    columns = sum_of_splits(p_grads, o_d, o_r, splits, D)  # [D, R]
     rows = columns
     if ROW_BLOCKS > 1:
-        rows = _sum_of_splits(p_grads, o_r, o_d, splits, D)  # [R, D]
+        rows = sum_of_splits(p_grads, o_r, o_d, splits, D)  # [R, D]
     rows = rounded(rows, PRECISION)
     high = rounded(columns, PRECISION)
     low = remainder(columns, high, PRECISION)
-    grad_z = _sum_of_last_rows(p_grads, o_r, splits, D)[:, None]
+    grad_z = last_rows_sum(p_grads, o_r, splits, D)[:, None]
     p_head = qkv + i_b * stride_b + (i_head * 3 * D).to(tl.int64) * stride_c
     p_grad = grad_qkv + i_b * stride_grad_b + (i_head * 3 * D).to(tl.int64) * stride_grad_c
     start = i_block * block_tokens

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
 
 # The interpreter computes bfloat16 wrongly, without a word: there everything is float32 right after the load.
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
+# Counts that no address is vectorised by: without them in its key a kernel is compiled once for all resolutions that
+# are equally aligned.
+_COUNTS = (
+    *("height", "width", "tiles", "tiles_w", "split_tiles", "block_tiles", "blocks_m", "blocks_n"),
+    *("splits", "blocks", "heads", "groups", "first_group"),
+)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """`triton.jit` for what is launched."""
+    names = inspect.signature(function).parameters
+    return triton.jit(function, do_not_specialize=[name for name in _COUNTS if name in names])
 
 
 @triton.jit

@@ -37,7 +37,7 @@ def test_a_named_backend_runs_the_kernels() -> None:
     ("qkv", "head_dim", "reason"),
     [
         (QKV.double(), 8, "it has no float64 kernels"),
-        (torch.zeros(1, 3 * 520, 1, 1), 520, "it serves head_dim up to 512, got 520"),
+        (torch.zeros(1, 3 * 257, 1, 1), 257, "it serves head_dim up to 256, got 257"),
     ],
 )
 def test_what_the_kernels_do_not_serve_is_refused(qkv: torch.Tensor, head_dim: int, reason: str) -> None:
