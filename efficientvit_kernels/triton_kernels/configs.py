@@ -1,13 +1,14 @@
-"""The configuration table: tiles, warps and pipeline stages of every kernel, per head dimension, tokens, architecture.
+"""The configuration table: tiles, warps and pipeline stages of every kernel, per precision, head dimension and tokens.
 
 Nothing is tuned at run time: that would depend on the machine's mood, tune anew at every resolution and break the
-capture of CUDA graphs. `docs/optimization-notes.md` says which entries come from measurements; the others come from the
-resource table and the byte and FLOP model.
+capture of CUDA graphs. The entries come from the resources of their code (`resources.py`: nothing spills on any
+architecture) and from the bytes that they keep in flight; none is measured yet.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 # Each split of the sum over tokens costs a state to write and read again (4 KB at D = 32), and gives one more program
 # per head; with up to MAX_SUMMED_SPLITS the readers add them up themselves, which saves a launch.
@@ -26,39 +27,84 @@ class AttentionConfig:
     num_stages: int
 
 
-# (kernel, padded head dimension) -> (up to this many tokens, configuration), the fewest tokens first.
-_ATTENTION: dict[tuple[str, int], tuple[tuple[float, AttentionConfig], ...]] = {
-    ("kv_state", 16): ((64, AttentionConfig(64, 16, 4, 1)), (float("inf"), AttentionConfig(128, 16, 4, 3))),
-    ("kv_state", 32): ((64, AttentionConfig(64, 32, 4, 1)), (float("inf"), AttentionConfig(64, 32, 4, 3))),
-    ("kv_state", 64): ((float("inf"), AttentionConfig(64, 64, 4, 2)),),
-    ("kv_state", 128): ((float("inf"), AttentionConfig(32, 64, 4, 2)),),
-    ("kv_state", 256): ((float("inf"), AttentionConfig(32, 32, 4, 2)),),
-    ("kv_state", 512): ((float("inf"), AttentionConfig(16, 16, 4, 1)),),
-    ("apply", 16): ((64, AttentionConfig(64, 16, 4, 1)), (float("inf"), AttentionConfig(128, 16, 4, 3))),
-    ("apply", 32): ((64, AttentionConfig(64, 32, 4, 1)), (float("inf"), AttentionConfig(64, 32, 4, 3))),
-    ("apply", 64): ((float("inf"), AttentionConfig(64, 64, 4, 2)),),
-    ("apply", 128): ((float("inf"), AttentionConfig(32, 64, 4, 1)),),
-    ("apply", 256): ((float("inf"), AttentionConfig(16, 32, 4, 1)),),
-    ("apply", 512): ((float("inf"), AttentionConfig(16, 16, 4, 1)),),
-    ("grad_state", 16): ((float("inf"), AttentionConfig(64, 16, 4, 2)),),
-    ("grad_state", 32): ((float("inf"), AttentionConfig(64, 32, 4, 2)),),
-    ("grad_state", 64): ((float("inf"), AttentionConfig(32, 64, 4, 2)),),
-    ("grad_state", 128): ((float("inf"), AttentionConfig(32, 32, 4, 1)),),
-    ("grad_state", 256): ((float("inf"), AttentionConfig(16, 32, 4, 1)),),
-    ("grad_state", 512): ((float("inf"), AttentionConfig(16, 16, 8, 1)),),
-    ("grad_kv", 16): ((float("inf"), AttentionConfig(64, 16, 4, 2)),),
-    ("grad_kv", 32): ((float("inf"), AttentionConfig(64, 32, 4, 2)),),
-    ("grad_kv", 64): ((float("inf"), AttentionConfig(32, 64, 4, 2)),),
-    ("grad_kv", 128): ((float("inf"), AttentionConfig(32, 32, 4, 1)),),
-    ("grad_kv", 256): ((float("inf"), AttentionConfig(16, 32, 4, 1)),),
-    ("grad_kv", 512): ((float("inf"), AttentionConfig(16, 16, 8, 1)),),
+# Per kernel, kind and padded head dimension: (up to this many tokens, block_n, block_r, num_warps, num_stages), the
+# fewest tokens first. Kinds: "half", 16-bit storage; "tf32", float32 storage with TF32 products; "ieee", float32.
+#
+# Up to 256 tokens a split is a handful of tiles, and planes are often not aligned (7 x 7, 14 x 14), so that every
+# element is loaded by an address of its own: smaller tiles, or these addresses fill the registers.
+# Products in IEEE float32 have no matrix units: Triton unrolls them, and holds a row of both operands per output in
+# registers; hence 8 warps and few tokens or rows.
+_Row = tuple[float, int, int, int, int]
+_ATTENTION: dict[tuple[str, str, int], tuple[_Row, ...]] = {
+    ("kv_state", "half", 16): ((256, 64, 16, 4, 2), (inf, 128, 16, 4, 3)),
+    ("kv_state", "half", 32): ((256, 32, 32, 4, 3), (inf, 64, 32, 4, 3)),
+    ("kv_state", "half", 64): ((inf, 64, 64, 4, 2),),
+    ("kv_state", "half", 128): ((inf, 32, 64, 8, 2),),
+    ("kv_state", "half", 256): ((inf, 32, 32, 8, 2),),
+    ("kv_state", "tf32", 16): ((256, 32, 16, 4, 3), (inf, 64, 16, 4, 3)),
+    ("kv_state", "tf32", 32): ((256, 32, 32, 4, 2), (inf, 32, 32, 4, 3)),
+    ("kv_state", "tf32", 64): ((inf, 32, 64, 8, 2),),
+    ("kv_state", "tf32", 128): ((inf, 32, 64, 8, 1),),
+    ("kv_state", "tf32", 256): ((inf, 16, 32, 8, 1),),
+    ("kv_state", "ieee", 16): ((inf, 32, 16, 4, 2),),
+    ("kv_state", "ieee", 32): ((inf, 32, 32, 8, 2),),
+    ("kv_state", "ieee", 64): ((inf, 16, 64, 8, 1),),
+    ("kv_state", "ieee", 128): ((inf, 16, 64, 8, 1),),
+    ("kv_state", "ieee", 256): ((inf, 16, 32, 8, 1),),
+    ("apply", "half", 16): ((256, 64, 16, 4, 2), (inf, 128, 16, 4, 3)),
+    ("apply", "half", 32): ((256, 32, 32, 4, 3), (inf, 64, 32, 4, 3)),
+    ("apply", "half", 64): ((inf, 32, 64, 4, 2),),
+    ("apply", "half", 128): ((inf, 32, 64, 8, 2),),
+    ("apply", "half", 256): ((inf, 16, 32, 8, 1),),
+    ("apply", "tf32", 16): ((inf, 64, 16, 4, 2),),
+    ("apply", "tf32", 32): ((inf, 32, 32, 4, 3),),
+    ("apply", "tf32", 64): ((inf, 32, 64, 8, 1),),
+    ("apply", "tf32", 128): ((inf, 32, 64, 8, 1),),
+    ("apply", "tf32", 256): ((inf, 16, 32, 8, 1),),
+    ("apply", "ieee", 16): ((inf, 64, 16, 4, 2),),
+    ("apply", "ieee", 32): ((inf, 64, 32, 8, 1),),
+    ("apply", "ieee", 64): ((inf, 32, 64, 8, 1),),
+    ("apply", "ieee", 128): ((inf, 16, 64, 8, 1),),
+    ("apply", "ieee", 256): ((inf, 16, 16, 8, 1),),
+    ("grad_state", "half", 16): ((inf, 32, 16, 4, 3),),
+    ("grad_state", "half", 32): ((inf, 32, 32, 4, 2),),
+    ("grad_state", "half", 64): ((inf, 32, 64, 8, 2),),
+    ("grad_state", "half", 128): ((inf, 32, 32, 8, 1),),
+    ("grad_state", "half", 256): ((inf, 16, 32, 8, 1),),
+    ("grad_state", "tf32", 16): ((inf, 32, 16, 4, 2),),
+    ("grad_state", "tf32", 32): ((inf, 32, 32, 8, 2),),
+    ("grad_state", "tf32", 64): ((inf, 16, 64, 8, 1),),
+    ("grad_state", "tf32", 128): ((inf, 16, 32, 8, 1),),
+    ("grad_state", "tf32", 256): ((inf, 16, 16, 8, 1),),
+    ("grad_state", "ieee", 16): ((inf, 32, 16, 4, 2),),
+    ("grad_state", "ieee", 32): ((inf, 32, 32, 8, 1),),
+    ("grad_state", "ieee", 64): ((inf, 16, 64, 8, 1),),
+    ("grad_state", "ieee", 128): ((inf, 16, 32, 8, 1),),
+    ("grad_state", "ieee", 256): ((inf, 16, 16, 8, 1),),
+    ("grad_kv", "half", 16): ((256, 64, 16, 4, 2), (inf, 128, 16, 4, 2)),
+    ("grad_kv", "half", 32): ((256, 32, 32, 4, 3), (inf, 64, 32, 4, 3)),
+    ("grad_kv", "half", 64): ((inf, 32, 64, 8, 2),),
+    ("grad_kv", "half", 128): ((inf, 32, 32, 8, 1),),
+    ("grad_kv", "half", 256): ((inf, 16, 32, 8, 1),),
+    ("grad_kv", "tf32", 16): ((inf, 32, 16, 4, 2),),
+    ("grad_kv", "tf32", 32): ((inf, 32, 32, 4, 2),),
+    ("grad_kv", "tf32", 64): ((inf, 16, 64, 8, 1),),
+    ("grad_kv", "tf32", 128): ((inf, 16, 64, 8, 1),),
+    ("grad_kv", "tf32", 256): ((inf, 16, 32, 8, 1),),
+    ("grad_kv", "ieee", 16): ((inf, 64, 16, 8, 1),),
+    ("grad_kv", "ieee", 32): ((inf, 32, 32, 8, 1),),
+    ("grad_kv", "ieee", 64): ((inf, 16, 64, 8, 1),),
+    ("grad_kv", "ieee", 128): ((inf, 16, 16, 8, 1),),
+    ("grad_kv", "ieee", 256): ((inf, 16, 16, 8, 1),),
 }
-MAX_HEAD_DIM = 512
+# Where the row above does not serve an architecture.
+_OF_ARCH: dict[tuple[str, str, str, int], tuple[_Row, ...]] = {}
+MAX_HEAD_DIM = 256
 
 
-def attention_config(kernel: str, block_d: int, tokens: int) -> AttentionConfig:
-    buckets = _ATTENTION[kernel, block_d]
-    return next(config for limit, config in buckets if tokens <= limit)
+def attention_config(kernel: str, kind: str, block_d: int, tokens: int, arch: str) -> AttentionConfig:
+    rows = _OF_ARCH.get((arch, kernel, kind, block_d)) or _ATTENTION[kernel, kind, block_d]
+    return next(AttentionConfig(*row) for limit, *row in rows if tokens <= limit)
 
 
 def tokens_per_split(tokens: int) -> int:
