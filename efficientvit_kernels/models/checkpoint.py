@@ -98,7 +98,7 @@ def load_weights(
     try:
         model.load_state_dict({full_names[key]: value for key, value in state.items() if key in targets}, strict=strict)
     except RuntimeError as error:  # a hook of the model's that refuses: nothing else is left to refuse
-        raise CheckpointError(source, f"refused by {type(model).__name__}: {error}") from error
+        raise CheckpointError(source, f"refused by {type(model).__name__}: {_summary(error)}") from error
 
 
 def read_state_dict(source: str | os.PathLike[str], *, sha256: str | None = None) -> dict[str, Tensor]:

@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import pickle
-import sys
-import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,29 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from efficientvit_kernels.models.checkpoint import CheckpointError, load_weights, read_state_dict, save_weights
+from tests.models.checkpoint_common import equal, refused, small_model
 
 pytest.importorskip("safetensors", reason="the .safetensors half needs the package safetensors")
 from safetensors.torch import load_file, save_file
-
-
-def small_model(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1, bias=False))
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return list(a) == list(b) and all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
-
-
-def refused(model: nn.Module, source: Any, **options: Any) -> str:
-    """The cause for which `source` is refused; the model must stay as it was."""
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(CheckpointError) as error:
-        load_weights(model, source, **options)
-    assert equal(before, model.state_dict())
-    assert str(error.value) == f"checkpoint {source}: {error.value.cause}"
-    return error.value.cause
-
 
 SUFFIXES = ["pt", "pth", "bin", "safetensors"]
 
@@ -362,55 +341,6 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         load_weights(small_model(), 3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got the meta device"):
         load_weights(small_model().to("meta"), tmp_path / "a.pt")
-
-
-def hub(monkeypatch: pytest.MonkeyPatch, files: dict[tuple[str, str, str | None], Path]) -> None:
-    """A stand-in for huggingface_hub with the signature that is used, over local files."""
-
-    def hf_hub_download(*, repo_id: str, filename: str, revision: str | None = None) -> str:
-        try:
-            return str(files[repo_id, filename, revision])
-        except KeyError:
-            raise OSError(f"404 Client Error: {repo_id}/{filename}") from None
-
-    module = types.ModuleType("huggingface_hub")
-    module.hf_hub_download = hf_hub_download  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-
-
-def test_hub_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "b1.safetensors"
-    save_weights(small_model(), path)
-    places = {("lab/vit", "b1.safetensors", None): path, ("lab/vit", "old/b1.safetensors", "v1.0"): path}
-    hub(monkeypatch, places)
-    for reference in ("hf://lab/vit/b1.safetensors", "hf://lab/vit@v1.0/old/b1.safetensors"):
-        model = small_model(1)
-        load_weights(model, reference)
-        assert equal(model.state_dict(), small_model().state_dict())
-    assert refused(small_model(1), "hf://lab/vit/b2.pt") == (
-        "cannot be fetched: OSError: 404 Client Error: lab/vit/b2.pt"
-    )
-    assert refused(small_model(1), "hf://lab/vit/b1.safetensors", sha256="0" * 64).startswith("has SHA-256")
-    for wrong in ("hf://lab", "hf://lab/vit", "hf://lab/vit/", "hf:///vit/b1.pt"):
-        assert "the form is hf://organisation/repository[@revision]/file" in refused(small_model(), wrong)
-
-
-@pytest.mark.parametrize(
-    ("package", "source"), [("huggingface_hub", "hf://lab/vit/b1.pt"), ("safetensors", "b1.safetensors")]
-)
-def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, source: str) -> None:
-    save_weights(small_model(), tmp_path / "b1.safetensors")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=f"pip install {package}"):
-        load_weights(small_model(), source)
-
-
-def test_the_real_hub_package_has_the_function() -> None:
-    hub_package = pytest.importorskip("huggingface_hub", reason="optional: hf:// references")
-    import inspect
-
-    assert {"repo_id", "filename", "revision"} <= set(inspect.signature(hub_package.hf_hub_download).parameters)
 
 
 def test_the_error_pickles() -> None:

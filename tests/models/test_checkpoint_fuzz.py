@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from efficientvit_kernels.models.checkpoint import CheckpointError, load_weights, read_state_dict, save_weights
-from tests.models.test_checkpoint import equal, small_model
+from tests.models.checkpoint_common import equal, small_model
 
 pytest.importorskip("safetensors", reason="the .safetensors half needs the package safetensors")
 from safetensors.torch import save_file
