@@ -6,7 +6,6 @@ import copy
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .integrations import Report, accelerate
+from .models.checkpoint import load_weights
 from .testing import Verdict, gradients, native_calls, rule_t
 
 
@@ -176,7 +176,10 @@ def first_tensor(output: object) -> Tensor:
 def load_model(source: str, checkpoint: str | None = None, pretrained: bool = False) -> nn.Module:
     """A timm model by name, or "module:callable" that returns a module; then the weights of a checkpoint.
 
-    Random weights come from seed 0. A checkpoint is a state dict, or a dict with one under "state_dict" or "model".
+    Random weights come from seed 0.
+
+    Args:
+        checkpoint: what `models.checkpoint.load_weights` takes as its source; any of its errors may be raised.
     """
     torch.manual_seed(0)
     if ":" in source:
@@ -190,20 +193,8 @@ def load_model(source: str, checkpoint: str | None = None, pretrained: bool = Fa
     if not isinstance(model, nn.Module):
         raise TypeError(f"verify: model must be a torch.nn.Module, got {type(model).__name__}")
     if checkpoint is not None:
-        model.load_state_dict(_read_checkpoint(Path(checkpoint)))
+        load_weights(model, checkpoint)
     return model
-
-
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return dict(load_file(path))
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    return dict(content)
 
 
 def calibrate_batch_norms(model: nn.Module, x: Tensor) -> None:

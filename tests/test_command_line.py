@@ -48,11 +48,15 @@ def test_verify_a_module_and_its_checkpoint(tmp_path: Path) -> None:
     arguments = ("verify", "tests.test_command_line:tiny_model", "--shape", "2x3x20x24")
     result = command(*arguments, "--checkpoint", str(path))
     assert result.returncode == 0, result.stdout + result.stderr
-    path.write_bytes(path.read_bytes()[:100])
-    result = command(*arguments, "--checkpoint", str(path))
-    assert result.returncode == 1
-    assert result.stderr.startswith("efficientvit_kernels verify: ")
-    assert len(result.stderr.splitlines()) == 1
+    whole = path.read_bytes()
+    torch.save({"state_dict": {**model.state_dict(), "other": torch.zeros(1)}}, path)
+    for content, cause in ((path.read_bytes(), "1 unexpected: 'other'"), (whole[:100], "not a zip file")):
+        path.write_bytes(content)
+        result = command(*arguments, "--checkpoint", str(path))
+        assert result.returncode == 1
+        assert result.stderr.startswith(f"efficientvit_kernels verify: CheckpointError: checkpoint {path}: ")
+        assert cause in result.stderr
+        assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -68,7 +72,7 @@ def test_verify_a_module_and_its_checkpoint(tmp_path: Path) -> None:
         (("verify", "no_such_module:factory"), 1, "No module named 'no_such_module'"),
         (("verify", "torch:no_such_name"), 1, "no attribute 'no_such_name'"),
         (("verify", "builtins:dict"), 1, "model must be a torch.nn.Module, got dict"),
-        (("verify", "efficientvit_b0", "--checkpoint", "nowhere.pt"), 1, "nowhere.pt"),
+        (("verify", "efficientvit_b0", "--checkpoint", "nowhere.pt"), 1, "checkpoint nowhere.pt: does not exist"),
         (("verify", "efficientvit_b0", "--backend", "fast"), 1, "accelerate: backend must be one of 'auto'"),
         (("verify", "efficientvit_b0", "--backend", "cuda"), 1, "backend must be one that can run here, got 'cuda'"),
         (("verify", "resnet18", "--shape", "2x3x64x64"), 1, "model must contain a known LiteMLA"),
