@@ -51,12 +51,17 @@ def test_macs(name: str) -> None:
     check_macs(*case(name))
 
 
-@pytest.mark.parametrize("name", WITH_GOLDEN)
+LARGE = [name for name in WITH_GOLDEN if name.startswith("l2")]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly if name in LARGE else ()) for name in WITH_GOLDEN]
+)
 def test_golden(name: str) -> None:
     check_golden(*case(name))
 
 
-@pytest.mark.parametrize("name", ["b1-ade20k", "l1-cityscapes"])
+@pytest.mark.parametrize("name", ["b1-ade20k", pytest.param("l1-cityscapes", marks=pytest.mark.nightly)])
 def test_golden_float64(name: str) -> None:
     check_golden(*case(name), torch.float64)
 
@@ -90,6 +95,27 @@ def test_other_errors() -> None:
         create_seg("b0-ade20k")
     with pytest.raises(ValueError, match=r"x must be of shape \[B, channels, H, W\], got \[3, 33, 33\]"):
         on_meta(partial(create_seg, "b0-cityscapes"))(torch.empty(3, 33, 33, device="meta"))
+
+
+def test_export_with_dynamic_sizes() -> None:
+    model = golden_model(*case("b0-cityscapes"))
+    sides = {2: 32 * torch.export.Dim("rows", min=2, max=64), 3: 32 * torch.export.Dim("columns", min=2, max=64)}
+    exported = torch.export.export(
+        model, (golden_image(64, 96, 2),), dynamic_shapes=({0: torch.export.Dim("b"), **sides},)
+    )
+    for batch, height, width in ((2, 64, 96), (3, 128, 64)):
+        x = golden_image(height, width, batch)
+        torch.testing.assert_close(exported.module()(x), model(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.nightly  # most of it is the time of the C++ compiler
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_makes_one_graph() -> None:
+    model = golden_model(*case("b0-cityscapes"))
+    x = golden_image(64, 96)
+    with torch.no_grad():
+        # inductor fuses and orders float32 sums in its own way; the values are about 1.
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=0, atol=2e-5)
 
 
 def test_options() -> None:
