@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 import subprocess
@@ -15,11 +16,12 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import bench, calls, correctness, large, parts, repeats, sanitize, store
+from benchmarks.gpu import bench, calls, correctness, facts, large, parts, repeats, runtime, sanitize, store
 from benchmarks.gpu.child import isolated, result_of
 from benchmarks.gpu.parts import PARTS, Context, FailedError, NotRunError, Step, run_part
 from benchmarks.gpu.store import Store
-from benchmarks.shapes import GPU_FIRST, GPU_REST, REGISTRY
+from benchmarks.shapes import GPU_FIRST, GPU_REST, REGISTRY, SMOKE
+from tests.gpu_stand_in import stand_in
 from tests.processes import python
 
 HEAD = {"part": "facts", "quick": True, "commit": "abc", "sources": "1", "gpu": "x", "driver": None, "torch": "2"}
@@ -393,12 +395,63 @@ def test_all_parts_in_one_command(
     monkeypatch.setattr(command, "PARTS", {"tune": PARTS["tune"]})
     words = ["all", "--device", "cpu", "--quick", "--limit-s", "60", "--out", str(tmp_path)]
     assert command.main(words) == 0
-    assert command.main([*words, "--resume"]) == 0
     out = capfd.readouterr().out
     assert [line.split()[:5] for line in out.splitlines() if line.startswith("tune  ")] == [
         ["tune", "0", "0", "0", "1"]
-    ] * 2
+    ]
     broken = json.loads((tmp_path / "tune.json").read_text())
     broken["steps"]["candidates"]["status"] = "failed"
     (tmp_path / "tune.json").write_text(json.dumps(broken))
     assert command.main([*words, "--resume"]) == 1
+
+
+def test_ways_of_a_gpu_run_through(monkeypatch: pytest.MonkeyPatch, context: Context) -> None:
+    """On a stand-in for torch.cuda: graphs, rotating inputs, streams, memory and launches in the figures."""
+    monkeypatch.setattr(repeats, "BUSY_SIZE", 64)
+    with stand_in(monkeypatch) as settings:
+        row = bench.measure("lite_mla", SMOKE[0], "float32", "nchw", True, False, context)
+        assert row["median_us"].keys() == row["samples_us"].keys()
+        assert {"ours cpu | graph", "ours cpu | stream", "eager nchw | graph"} <= row["median_us"].keys()
+        assert {"eager over ours | graph", "eager over ours | stream"} == row["ratios"].keys()
+        assert row["memory"]["ours cpu"] == 2**20
+        assert row["launches"]["ours cpu"] == {"launches": 0, "kernels": {}}
+        assert row["left_out"] == {}
+        for step in facts.steps(context):
+            if step.name != "compiled inference":  # slow, and seen without the stand-in
+                entry = parts.run_step(step, context)
+                assert entry["status"] == "ok" or "no Triton" in entry["reason"], (step.name, entry)
+        for op in calls.OPS:
+            assert repeats.repeat(op, "cpu", torch.float16, "backward", context)["other_stream_busy"]
+            assert runtime.graph(op, "cpu", context)["replays"] == 3
+            assert runtime.stream(op, "cpu", context)
+            assert runtime.no_synchronisation(op, "cpu", context)
+            assert runtime.csan(op, "cpu", "cpu")
+            assert len(sanitize.workload(op, "cpu", "cpu")["ran"]) == 12
+        assert settings == ["synchronisation error", "synchronisation default"] * 2 * len(calls.OPS)
+
+
+def test_failed_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in has memory enough, which the check must notice; then an op that runs out of it now and then."""
+    op = "relu_linear_attention"
+    small = dataclasses.replace(runtime.sample_of(op), height=5)
+    monkeypatch.setattr(runtime, "Sample", lambda *sizes: small)
+    with stand_in(monkeypatch) as settings:
+        with pytest.raises(FailedError, match="no allocation failed"):
+            runtime.out_of_memory(op, "cpu", "cpu")
+        right = calls.OPS[op].public
+
+        def public(spoil: bool = False, **arguments: Any) -> Any:
+            if settings and settings[-1] < "memory 0.00003":
+                if spoil:
+                    arguments["qkv"][0].detach().zero_()
+                raise torch.OutOfMemoryError("out of memory")
+            return right(**arguments)
+
+        monkeypatch.setitem(calls.OPS, op, dataclasses.replace(calls.OPS[op], public=public))
+        settings.clear()
+        assert runtime.out_of_memory(op, "cpu", "cpu")["outcome"] == ["raised"] * 4 + ["ran"] * 4
+        spoiling = functools.partial(public, spoil=True)
+        monkeypatch.setitem(calls.OPS, op, dataclasses.replace(calls.OPS[op], public=spoiling))
+        settings.clear()
+        with pytest.raises(FailedError, match="has changed after an allocation that failed"):
+            runtime.out_of_memory(op, "cpu", "cpu")

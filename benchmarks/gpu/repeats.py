@@ -47,7 +47,7 @@ def repeat(op: str, backend: str, dtype: torch.dtype, direction: str, context: C
     wanted = 2 if context.quick else COUNTS[direction]
     wrong = {name: torch.zeros((), dtype=torch.int64, device=context.device) for name in first}
     end, done = time.monotonic() + context.budget(STEP_S), 0
-    busy = _Busy() if context.on_gpu else None
+    busy = _Busy(context.device) if context.on_gpu else None
     while done < wanted and (done == 0 or time.monotonic() < end):
         for _ in range(min(CHUNK, wanted - done)):
             if busy is not None:
@@ -66,9 +66,9 @@ def repeat(op: str, backend: str, dtype: torch.dtype, direction: str, context: C
 class _Busy:
     """Matrix products on a stream of their own."""
 
-    def __init__(self) -> None:
+    def __init__(self, where: str) -> None:
         self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self.left, self.right = (torch.randn(BUSY_SIZE, BUSY_SIZE, device="cuda").half() for _ in range(2))
+        self.left, self.right = (torch.randn(BUSY_SIZE, BUSY_SIZE, device=where).half() for _ in range(2))
         self.out = torch.empty_like(self.left)
         torch.cuda.synchronize()
 

@@ -151,14 +151,14 @@ def compiled(op: str, backend: str, context: Context) -> dict[str, Any]:
 def in_child(function: str, op: str, backend: str, context: Context) -> dict[str, Any]:
     needs_gpu(context)
     environment = {"csan": {"TORCH_CUDA_SANITIZER": "1"}, "device_error": {"CUDA_LAUNCH_BLOCKING": "1"}}
-    arguments = {"op": op, "backend": backend}
+    arguments = {"op": op, "backend": backend, "where": context.device}
     timeout = min(CHILD_S, context.left())
     return result_of(f"runtime:{function}", arguments, timeout, environment=environment.get(function))
 
 
-def csan(op: str, backend: str) -> dict[str, Any]:
+def csan(op: str, backend: str, where: str) -> dict[str, Any]:
     """Under torch's stream sanitizer: inputs made on one stream, used on another after waiting for it."""
-    arguments = sample_of(op).make(DTYPE, "cuda")
+    arguments = sample_of(op).make(DTYPE, where)
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side), proof_of_native(backend):
@@ -167,10 +167,10 @@ def csan(op: str, backend: str) -> dict[str, Any]:
     return {"directions": ["forward", "backward"]}
 
 
-def out_of_memory(op: str, backend: str) -> dict[str, Any]:
+def out_of_memory(op: str, backend: str, where: str) -> dict[str, Any]:
     """With less and less memory every call succeeds or raises OutOfMemoryError; inputs stay, the next call is right."""
     sample = Sample(op, 16, 8, 32, 64, 64)
-    arguments = sample.make(DTYPE, "cuda")
+    arguments = sample.make(DTYPE, where)
     copies = mapped(arguments, torch.clone)
     call = bound(served(op, backend), arguments, True, DTYPE)
     expected = call()
@@ -203,15 +203,15 @@ def out_of_memory(op: str, backend: str) -> dict[str, Any]:
     return {"outcome": outcome, "extra_bytes": extra}
 
 
-def device_error(op: str, backend: str) -> dict[str, Any]:
+def device_error(op: str, backend: str, where: str) -> dict[str, Any]:
     """After a device-side assertion of somebody else our call raises and gives no result."""
-    arguments = sample_of(op).make(DTYPE, "cuda")
+    arguments = sample_of(op).make(DTYPE, where)
     call = bound(served(op, backend), arguments, False, DTYPE)
     call()
     torch.cuda.synchronize()
-    index = torch.full((4,), 1 << 20, device="cuda")
+    index = torch.full((4,), 1 << 20, device=where)
     try:
-        torch.zeros(8, device="cuda")[index].sum()
+        torch.zeros(8, device=where)[index].sum()
         torch.cuda.synchronize()
     except RuntimeError as error:
         planted = str(error).splitlines()[0]

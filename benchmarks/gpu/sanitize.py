@@ -71,13 +71,13 @@ def samples_of(op: str) -> list[Sample]:
     ]
 
 
-def workload(op: str, backend: str) -> dict[str, Any]:
+def workload(op: str, backend: str, where: str) -> dict[str, Any]:
     """Runs under the tool: forward and backward of every sample in every dtype."""
     ran = []
     with proof_of_native(backend):
         for sample in samples_of(op):
             for dtype in DTYPES:
-                results(served(op, backend), sample.make(dtype, "cuda"), True, dtype)
+                results(served(op, backend), sample.make(dtype, where), True, dtype)
             ran.append(str(sample))
         torch.cuda.synchronize()
     return {"ran": ran}
@@ -136,7 +136,8 @@ def sanitize(tool: str, op: str, backend: str, context: Context) -> dict[str, An
     prefix = command(tool)
     if not context.on_gpu:
         raise NotRunError("needs a GPU")
-    arguments, timeout = {"op": op, "backend": backend}, min(CHILD_S, context.left())
+    arguments = {"op": op, "backend": backend, "where": context.device}
+    timeout = min(CHILD_S, context.left())
     result, process = isolated("sanitize:workload", arguments, timeout, prefix, ENVIRONMENT)
     report = parse(process.stdout + process.stderr)
     if result is not None and "not_run" in result:
