@@ -59,7 +59,8 @@ def load_weights(
 ) -> None:
     """Loads a checkpoint into `model`, or leaves the model untouched and raises.
 
-    Values are converted to the model's dtypes and devices.
+    Values are converted to the model's dtypes and devices. Only a `load_state_dict` hook of the model's own that raises
+    can leave it half loaded: hooks run as ever.
 
     Args:
         model: any module with its parameters on a real device.
@@ -77,13 +78,7 @@ def load_weights(
         ValueError, TypeError: wrong arguments; a model on the meta device.
         ImportError: safetensors or huggingface_hub is needed and not installed.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"load_weights: model must be a torch.nn.Module, got {type(model).__name__}")
-    named = model.state_dict()
-    if not all(isinstance(value, Tensor) for value in named.values()):
-        raise TypeError("load_weights: model must have a state of tensors alone, got one with extra state")
-    if any(value.is_meta for value in named.values()):
-        raise ValueError("load_weights: model must have memory (`model.to_empty(device=...)`), got the meta device")
+    named = _state_of("load_weights", model)
     full_names = _strip_wrappers({name: name for name in named})
     targets = {short: named[name] for short, name in full_names.items()}
     state = _read(source, sha256, mapped=True)
@@ -117,12 +112,10 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: another suffix. CheckpointError: the file cannot be written. ImportError: safetensors is missing.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"save_weights: model must be a torch.nn.Module, got {type(model).__name__}")
+    state = _state_of("save_weights", model)
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"save_weights: path must end in one of {', '.join(SUFFIXES)}, got {path.name!r}")
-    state = {name: value.detach() for name, value in model.state_dict().items()}
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with open(temporary, "xb+") as file:
@@ -141,6 +134,18 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise CheckpointError(path, f"cannot be written: {_summary(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _state_of(function: str, model: object) -> dict[str, Tensor]:
+    """The state dict of `model`, which must be a module whose state is tensors with memory."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+    state = dict(model.state_dict())
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise TypeError(f"{function}: model must have a state of tensors alone, got one with extra state")
+    if any(value.is_meta for value in state.values()):
+        raise ValueError(f"{function}: model must have memory (`model.to_empty(device=...)`), got the meta device")
+    return {name: value.detach() for name, value in state.items()}
 
 
 def _read(source: str | os.PathLike[str], sha256: str | None, mapped: bool) -> dict[str, Tensor]:
@@ -218,7 +223,10 @@ def _check_archive(path: Path) -> bool:
         _check_size(sum(record.file_size for record in records), path.stat().st_size)
         damaged = archive.testzip()
         if damaged is not None:
-            raise _RefusedError(f"damaged: the checksum of its record {damaged!r} is wrong")
+            raise _RefusedError(
+                f"damaged: the checksum of its record {damaged!r} is wrong (or it was saved without checksums,"
+                " torch.serialization.set_crc32_options(False))"
+            )
         return all(record.compress_type == zipfile.ZIP_STORED for record in records)
 
 

@@ -323,7 +323,7 @@ def test_damaged_record_is_found_by_its_checksum(tmp_path: Path) -> None:
     content[place] ^= 1
     path.write_bytes(content)
     assert torch.load(path, weights_only=True)["0.weight"].isfinite().all()  # torch's reader finds nothing
-    assert "the checksum of its record" in refused(small_model(1), path)
+    assert "damaged: the checksum of its record" in refused(small_model(1), path)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
@@ -333,14 +333,27 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     assert refused(small_model(), tmp_path / "a.txt") == "its suffix must be one of .pt, .pth, .bin, .safetensors"
 
 
+class Stateful(nn.Conv2d):
+    def __init__(self) -> None:
+        super().__init__(3, 4, 3)
+
+    def get_extra_state(self) -> int:
+        return 3
+
+
 def test_wrong_arguments(tmp_path: Path) -> None:
-    save_weights(small_model(), tmp_path / "a.pt")
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
-        load_weights("model", tmp_path / "a.pt")  # type: ignore[arg-type]
+    path = tmp_path / "a.pt"
+    save_weights(small_model(), path)
     with pytest.raises(TypeError, match="source must be a path or hf:// reference, got int"):
         load_weights(small_model(), 3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="got the meta device"):
-        load_weights(small_model().to("meta"), tmp_path / "a.pt")
+    for function in (load_weights, save_weights):
+        with pytest.raises(TypeError, match=rf"{function.__name__}: model must be a torch\.nn\.Module, got str"):
+            function("model", path)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=f"{function.__name__}: model must have .* got one with extra state"):
+            function(Stateful(), path)
+        with pytest.raises(ValueError, match=f"{function.__name__}: model must have memory .* got the meta device"):
+            function(small_model().to("meta"), path)
+    load_weights(small_model(1), path)
 
 
 def test_the_error_pickles() -> None:
