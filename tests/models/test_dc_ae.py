@@ -203,6 +203,20 @@ def test_training_step(name: str) -> None:
         assert parameter.grad.isfinite().all(), key
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", SMALL)
+def test_export_and_compile(name: str, fresh_compiler: None) -> None:
+    """One graph without breaks; one graph for all sizes."""
+    model = small(name)
+    x = golden.golden_image(32, 48)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        assert std_error(torch.export.export(model, (x,)).module()(x), model(x)) < 1e-6
+        for size in ((32, 48), (48, 96)):
+            x = golden.golden_image(*size)
+            assert std_error(compiled(x), model(x)) < 1e-6
+
+
 ERRORS: list[tuple[str, Any, str]] = [
     ("encode", (1, 3, 30, 32), r"x must be \[B, 3, H, W\] with H and W positive multiples of 8, got \[1, 3, 30, 32\]"),
     ("encode", (1, 3, 32, 4), r"multiples of 8, got \[1, 3, 32, 4\]"),
