@@ -114,13 +114,14 @@ def check_golden(build: Build, name: str, dtype: torch.dtype = torch.float32) ->
 def check_16_bits(build: Build, name: str, dtype: torch.dtype) -> None:
     """Pure 16 bits (weights and input) and CPU autocast against float32; the outputs have the 16-bit dtype."""
     x = golden_image(96, 160, batch=2)
-    model = golden_model(build, name)
+    model, reference = golden_model(build, name), golden_model(build, name, "reference")
     expected = outputs(model, x)
     with torch.autocast("cpu", dtype):
-        autocast = outputs(model, x)
+        autocast, autocast_reference = outputs(model, x), outputs(reference, x)
     pure = outputs(model.to(dtype), x.to(dtype))
     for key, value in expected.items():
-        for kind, result in (("autocast", autocast[key]), ("pure", pure[key])):
+        kinds = {"autocast": autocast[key], "autocast, reference": autocast_reference[key], "pure": pure[key]}
+        for kind, result in kinds.items():
             assert result.dtype == dtype
             error = (result.double() - value.double()).square().mean().sqrt() / value.double().std()
             assert error <= RMS_16_BITS[dtype], f"{kind} {key}: {error:.2e}"

@@ -187,8 +187,6 @@ def hook_on_aggreg(fused: Any) -> None:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_e7_e8_autocast_on_every_path(dtype: torch.dtype, change: Any, backend: str) -> None:
     """The convolutions' dtype, no NaN, the error of 16-bit storage; gradients in the parameters' float32."""
-    if backend == "reference" and change is hook_on_aggreg:
-        pytest.skip("the specification of the attention follows torch's autocast when it is called by itself")
     module, fused = pair(in_channels=64, out_channels=64, dim=16, use_bias=True)
     fused.backend = backend
     change(fused)
