@@ -73,16 +73,21 @@ def apply_kernel(
 ):  # fmt: skip
     """out = KV q' / (z . q' + eps) for a block of tokens; the first one also stores the sum of the splits."""
     i_b, i_head, i_r, i_block = _place(blocks, heads, ROW_BLOCKS)
-    o_d, o_r = tl.arange(0, BLOCK_D), i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_block = tl.arange(0, BLOCK_R)
+    o_r = i_r * BLOCK_R + o_block
     i_group = i_b * groups + first_group + i_head
     p_states = states + i_group * splits * (D + 1) * D
-    kv = sum_of_splits(p_states, o_r, o_d, splits, D)
-    z = last_rows_sum(p_states, o_d, splits, D)
+    kv = sum_of_splits(p_states, o_r, o_block, splits, D)  # all of it where it is one block
+    z = last_rows_sum(p_states, o_block, splits, D)
     if STORE_STATE:
         if i_block == 0:
-            store_state_rows(state + i_group * (D + 1) * D, kv, z, o_r, o_d, D)
+            store_state_rows(state + i_group * (D + 1) * D, kv, z, o_r, o_block, D)
+            for c in range(BLOCK_R, D, BLOCK_R):
+                others = sum_of_splits(p_states, o_r, c + o_block, splits, D)
+                others_z = last_rows_sum(p_states, c + o_block, splits, D)
+                store_state_rows(state + i_group * (D + 1) * D, others, others_z, o_r, c + o_block, D)
     kv = rounded(kv, PRECISION)
-    p_q = qkv + i_b * stride_b + (i_head * 3 * D + o_d).to(tl.int64) * stride_c
+    p_q = qkv + i_b * stride_b + (i_head * 3 * D).to(tl.int64) * stride_c
     p_out = out + i_b * stride_out_b + ((first_group + i_head) * D + o_r).to(tl.int64) * stride_out_c
     start = i_block * block_tokens
     stop = tl.minimum(start + block_tokens, tokens)
@@ -90,11 +95,18 @@ def apply_kernel(
         o_n = n + tl.arange(0, BLOCK_N)
         offsets = token_offsets(o_n, width, stride_h, stride_w, FLAT)
         m_n = o_n < stop
-        q = relu(load(p_q[:, None] + offsets[None, :], (o_d < D)[:, None] & m_n[None, :]))  # [D, N]
-        den = tl.sum(q.to(tl.float32) * z[:, None], axis=0) + eps
-        num = tl.dot(kv, operand(q, PRECISION), input_precision=PRECISION)  # [R, N]
+        num, den = tl.zeros((BLOCK_R, BLOCK_N), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+        for c in range(0, D, BLOCK_R):
+            o_c = c + o_block
+            if ROW_BLOCKS > 1:
+                kv = rounded(sum_of_splits(p_states, o_r, o_c, splits, D), PRECISION)
+                z = last_rows_sum(p_states, o_c, splits, D)
+            p = p_q + (o_c.to(tl.int64) * stride_c)[:, None] + offsets[None, :]
+            q = relu(load(p, (o_c < D)[:, None] & m_n[None, :]))
+            den += tl.sum(q.to(tl.float32) * z[:, None], axis=0)
+            num = tl.dot(kv, operand(q, PRECISION), num, input_precision=PRECISION)  # [R, N]
         p = p_out[:, None] + (o_n.to(tl.int64) * stride_out_n)[None, :]
-        tl.store(p, narrowed(num / den[None, :], out.dtype.element_ty), mask=(o_r < D)[:, None] & m_n[None, :])
+        tl.store(p, narrowed(num / (den + eps)[None, :], out.dtype.element_ty), mask=(o_r < D)[:, None] & m_n[None, :])
 
 
 @kernel
@@ -128,30 +140,29 @@ def grad_state_kernel(
         o_n = n + tl.arange(0, BLOCK_N)
         m_n = (o_n < stop)[None, :]
         m_d = (o_d < D)[:, None] & m_n
-        q = load(p_q[:, None] + token_offsets(o_n, width, stride_h, stride_w, FLAT)[None, :], m_d)
-        q_relu = relu(q)
-        q_wide = q_relu.to(tl.float32)
+        q = relu(load(p_q[:, None] + token_offsets(o_n, width, stride_h, stride_w, FLAT)[None, :], m_d))
+        q_wide = q.to(tl.float32)
         den = (tl.sum(q_wide * z[:, None], axis=0) + eps)[None, :]
         out_offsets = token_offsets(o_n, width, stride_out_h, stride_out_w, OUT_FLAT)[None, :]
+        p = p_out + o_r[:, None].to(tl.int64) * stride_out_c + out_offsets
+        own_num = rounded(load(p, (o_r < D)[:, None] & m_n).to(tl.float32) / den, PRECISION)  # [R, N]
         grad_q = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
-        for c in tl.static_range(ROW_BLOCKS):
-            o_c = c * BLOCK_R + o_block
-            p = p_out + o_c[:, None].to(tl.int64) * stride_out_c + out_offsets
-            grad_num = rounded(load(p, (o_c < D)[:, None] & m_n).to(tl.float32) / den, PRECISION)  # [R, N]
+        for c in range(0, D, BLOCK_R):
+            grad_num = own_num
             if ROW_BLOCKS > 1:
+                o_c = c + o_block
                 kv = sum_of_splits(p_state, o_c, o_d, 1, D)
                 high = rounded(kv, PRECISION)
                 low = remainder(kv, high, PRECISION)
+                p = p_out + o_c[:, None].to(tl.int64) * stride_out_c + out_offsets
+                grad_num = rounded(load(p, (o_c < D)[:, None] & m_n).to(tl.float32) / den, PRECISION)
             grad_q = tl.dot(tl.trans(high), grad_num, grad_q, input_precision=PRECISION)  # [D, N]
             if TWO_PARTS:
                 grad_q = tl.dot(tl.trans(low), grad_num, grad_q, input_precision=PRECISION)
-        if ROW_BLOCKS > 1:
-            p = p_out + o_r[:, None].to(tl.int64) * stride_out_c + out_offsets
-            grad_num = rounded(load(p, (o_r < D)[:, None] & m_n).to(tl.float32) / den, PRECISION)
-        grad_kv = tl.dot(grad_num, tl.trans(operand(q_relu, PRECISION)), grad_kv, input_precision=PRECISION)
+        grad_kv = tl.dot(own_num, tl.trans(operand(q, PRECISION)), grad_kv, input_precision=PRECISION)
         grad_den = -tl.sum(q_wide * grad_q, axis=0)[None, :] / den
         grad_z += tl.sum(q_wide * grad_den, axis=1)
-        grad_q = tl.where(q <= 0, 0.0, grad_q + z[:, None] * grad_den)
+        grad_q = tl.where(q_wide <= 0, 0.0, grad_q + z[:, None] * grad_den)
         p = p_grad_q[:, None] + (o_n.to(tl.int64) * stride_grad_n)[None, :]
         tl.store(p, narrowed(grad_q, grad_qkv.dtype.element_ty), mask=m_d & (i_r == 0))
     p_grads = grad_states + ((i_b * heads + i_head) * splits + i_split) * (D + 1) * D
@@ -167,16 +178,14 @@ def grad_kv_kernel(
 ):  # fmt: skip
     """grad_v = dKV k' and grad_k = (dKV^T v + dz) [k > 0] for a block of tokens and BLOCK_R channels of each."""
     i_b, i_head, i_r, i_block = _place(blocks, heads, ROW_BLOCKS)
-    o_d, o_r = tl.arange(0, BLOCK_D), i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_block = tl.arange(0, BLOCK_R)
+    o_r = i_r * BLOCK_R + o_block
     p_grads = grad_states + (i_b * heads + i_head) * splits * (D + 1) * D
     TWO_PARTS: tl.constexpr = qkv.dtype.element_ty != tl.float32
-    columns = sum_of_splits(p_grads, o_d, o_r, splits, D)  # [D, R]
-    rows = columns
-    if ROW_BLOCKS > 1:
-        rows = sum_of_splits(p_grads, o_r, o_d, splits, D)  # [R, D]
-    rows = rounded(rows, PRECISION)
+    columns = sum_of_splits(p_grads, o_block, o_r, splits, D)  # all of dKV where it is one block
     high = rounded(columns, PRECISION)
     low = remainder(columns, high, PRECISION)
+    rows = high
     grad_z = last_rows_sum(p_grads, o_r, splits, D)[:, None]
     p_head = qkv + i_b * stride_b + (i_head * 3 * D).to(tl.int64) * stride_c
     p_grad = grad_qkv + i_b * stride_grad_b + (i_head * 3 * D).to(tl.int64) * stride_grad_c
@@ -185,23 +194,31 @@ def grad_kv_kernel(
     for n in range(start, stop, BLOCK_N):
         o_n = n + tl.arange(0, BLOCK_N)
         m_n = (o_n < stop)[None, :]
-        m_d, m_r = (o_d < D)[:, None] & m_n, (o_r < D)[:, None] & m_n
+        m_r = (o_r < D)[:, None] & m_n
         offsets = token_offsets(o_n, width, stride_h, stride_w, FLAT)[None, :]
-        k = load(p_head + (D + o_d).to(tl.int64)[:, None] * stride_c + offsets, m_d)  # [D, N]
-        v = load(p_head + (2 * D + o_d).to(tl.int64)[:, None] * stride_c + offsets, m_d)
-        k_rows = k
-        if ROW_BLOCKS > 1:
-            k_rows = load(p_head + (D + o_r).to(tl.int64)[:, None] * stride_c + offsets, m_r)  # [R, N]
-        grad_v = tl.dot(rows, operand(relu(k), PRECISION), input_precision=PRECISION)
-        v = operand(v, PRECISION)
-        grad_k = tl.dot(tl.trans(high), v, input_precision=PRECISION)
-        if TWO_PARTS:
-            grad_k = tl.dot(tl.trans(low), v, grad_k, input_precision=PRECISION)
+        k_rows = relu(load(p_head + (D + o_r).to(tl.int64)[:, None] * stride_c + offsets, m_r))  # [R, N]
+        grad_k, grad_v = tl.zeros((BLOCK_R, BLOCK_N), tl.float32), tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+        for c in range(0, D, BLOCK_R):
+            o_c = c + o_block
+            m_c = (o_c < D)[:, None] & m_n
+            k = k_rows
+            if ROW_BLOCKS > 1:
+                rows = rounded(sum_of_splits(p_grads, o_r, o_c, splits, D), PRECISION)  # [R, C]
+                columns = sum_of_splits(p_grads, o_c, o_r, splits, D)  # [C, R]
+                high = rounded(columns, PRECISION)
+                low = remainder(columns, high, PRECISION)
+                k = relu(load(p_head + (D + o_c).to(tl.int64)[:, None] * stride_c + offsets, m_c))
+            v = operand(load(p_head + (2 * D + o_c).to(tl.int64)[:, None] * stride_c + offsets, m_c), PRECISION)
+            grad_v = tl.dot(rows, operand(k, PRECISION), grad_v, input_precision=PRECISION)
+            grad_k = tl.dot(tl.trans(high), v, grad_k, input_precision=PRECISION)
+            if TWO_PARTS:
+                grad_k = tl.dot(tl.trans(low), v, grad_k, input_precision=PRECISION)
         grad_k = tl.where(k_rows <= 0, 0.0, grad_k + grad_z)
         grad_offsets = (o_n.to(tl.int64) * stride_grad_n)[None, :]
         p = p_grad + (D + o_r).to(tl.int64)[:, None] * stride_grad_c + grad_offsets
         tl.store(p, narrowed(grad_k, grad_qkv.dtype.element_ty), mask=m_r)
-        tl.store(p + D * stride_grad_c, narrowed(grad_v, grad_qkv.dtype.element_ty), mask=m_r)
+        p = p_grad + (2 * D + o_r).to(tl.int64)[:, None] * stride_grad_c + grad_offsets
+        tl.store(p, narrowed(grad_v, grad_qkv.dtype.element_ty), mask=m_r)
 
 
 def relu_linear_attention_fwd(qkv: Sequence[Tensor], head_dim: int, eps: float) -> tuple[Tensor, Tensor]:
