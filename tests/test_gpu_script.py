@@ -161,6 +161,8 @@ def test_child_processes() -> None:
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(PARTS)
+    assert command.main(["facts", "--device", "cpu"]) == 2
+    assert "--device cpu needs --out DIR" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert command.main(["facts"]) == 2
         assert "no CUDA device is available" in capsys.readouterr().err

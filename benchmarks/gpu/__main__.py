@@ -35,7 +35,7 @@ def main(words: list[str] | None = None) -> int:
     arguments = parser().parse_args(words)
     if arguments.part == "list":
         return show_list(arguments)
-    reason = why_no_device(arguments.device)
+    reason = why_no_device(arguments)
     if reason is not None:
         print(f"benchmarks.gpu: {reason}", file=sys.stderr)
         return 2
@@ -44,10 +44,12 @@ def main(words: list[str] | None = None) -> int:
     return run_one(arguments)
 
 
-def why_no_device(device: str) -> str | None:
-    if device == "cpu" or torch.cuda.is_available():
+def why_no_device(arguments: argparse.Namespace) -> str | None:
+    if arguments.device == "cpu":
+        return None if arguments.out else "--device cpu needs --out DIR: a trial leaves no results of a GPU"
+    if torch.cuda.is_available():
         return None
-    return "no CUDA device is available (to try the script itself: --device cpu --quick)"
+    return "no CUDA device is available (to try the script itself: --device cpu --quick --out DIR)"
 
 
 def show_list(arguments: argparse.Namespace) -> int:
@@ -60,11 +62,13 @@ def show_list(arguments: argparse.Namespace) -> int:
 
 
 def run_one(arguments: argparse.Namespace) -> int:
-    out = arguments.out or store.folder(arguments.device)
+    out = arguments.out or store.folder()
     header = store.header(arguments.part, arguments.device, arguments.quick, arguments.commit)
     file = store.Store(out / f"{arguments.part}.json", header, arguments.resume)
     if file.note:
         print(f"{arguments.part}: {file.note}", flush=True)
+    for backend, state in header["backends"].items():
+        print(f"{arguments.part}: backend {backend}: {state}", flush=True)
     context = Context(arguments.device, arguments.quick, arguments.limit_s, out, options(arguments))
     failures = run_part(arguments.part, context, file)
     print(f"{arguments.part}: {len(file.steps)} steps, {failures} failed; {file.path}", flush=True)
@@ -81,7 +85,7 @@ def options(arguments: argparse.Namespace) -> list[str]:
 
 def run_all(arguments: argparse.Namespace) -> int:
     """Every part in a process of its own, then a table. 0 when nothing failed in any of them."""
-    out = arguments.out or store.folder(arguments.device)
+    out = arguments.out or store.folder()
     words = [*options(arguments), "--limit-s", str(arguments.limit_s), *(["--resume"] if arguments.resume else [])]
     lines = [["part", "status", "ok", "failed", "not run", "left", "seconds"]]
     worst = 0

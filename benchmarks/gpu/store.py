@@ -134,8 +134,8 @@ def slug(name: str) -> str:
     return named[0] if named else "".join(words) or "gpu"
 
 
-def folder(device: str) -> Path:
-    return RESULTS / (slug(device_name(device)) if device == "cuda" else "cpu")
+def folder() -> Path:
+    return RESULTS / slug(device_name("cuda"))
 
 
 def driver() -> str | None:
