@@ -19,12 +19,13 @@ MAX_SUMMED_SPLITS = 4
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """block_n: tokens of a tile. block_r: rows of the state that a program holds."""
+    """block_n: tokens of a tile. block_r: rows of the state that a program holds. max_registers: NVIDIA alone."""
 
     block_n: int
     block_r: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 # Per kernel, kind and padded head dimension: (up to this many tokens, block_n, block_r, num_warps, num_stages), the
@@ -49,7 +50,7 @@ _ATTENTION: dict[tuple[str, str, int], tuple[_Row, ...]] = {
     ("kv_state", "ieee", 16): ((inf, 32, 16, 4, 2),),
     ("kv_state", "ieee", 32): ((inf, 32, 32, 8, 2),),
     ("kv_state", "ieee", 64): ((inf, 16, 64, 8, 1),),
-    ("kv_state", "ieee", 128): ((inf, 16, 64, 8, 1),),
+    ("kv_state", "ieee", 128): ((inf, 16, 32, 8, 1),),
     ("kv_state", "ieee", 256): ((inf, 16, 32, 8, 1),),
     ("apply", "half", 16): ((256, 64, 16, 4, 2), (inf, 128, 16, 4, 3)),
     ("apply", "half", 32): ((256, 32, 32, 4, 3), (inf, 64, 32, 4, 3)),
@@ -66,7 +67,7 @@ _ATTENTION: dict[tuple[str, str, int], tuple[_Row, ...]] = {
     ("apply", "ieee", 64): ((inf, 32, 32, 8, 1),),
     ("apply", "ieee", 128): ((inf, 32, 64, 4, 1),),
     ("apply", "ieee", 256): ((inf, 32, 64, 4, 1),),
-    ("grad_state", "half", 16): ((256, 32, 16, 4, 3), (inf, 32, 16, 4, 4)),
+    ("grad_state", "half", 16): ((inf, 32, 16, 4, 4),),
     ("grad_state", "half", 32): ((256, 16, 32, 4, 3), (inf, 32, 32, 4, 3)),
     ("grad_state", "half", 64): ((inf, 32, 64, 8, 2),),
     ("grad_state", "half", 128): ((inf, 16, 64, 8, 1),),
@@ -97,6 +98,8 @@ _ATTENTION: dict[tuple[str, str, int], tuple[_Row, ...]] = {
     ("grad_kv", "ieee", 128): ((inf, 32, 16, 8, 1),),
     ("grad_kv", "ieee", 256): ((inf, 32, 16, 8, 1),),
 }
+# Without a bound ptxas may spill a few bytes for the sake of one more block on a multiprocessor.
+_MAX_REGISTERS = {("grad_state", "ieee", 128): 255, ("grad_state", "ieee", 256): 255}
 # Where the row above does not serve an architecture.
 _OF_ARCH: dict[tuple[str, str, str, int], tuple[_Row, ...]] = {}
 MAX_HEAD_DIM = 256
@@ -104,7 +107,9 @@ MAX_HEAD_DIM = 256
 
 def attention_config(kernel: str, kind: str, block_d: int, tokens: int, arch: str) -> AttentionConfig:
     rows = _OF_ARCH.get((arch, kernel, kind, block_d)) or _ATTENTION[kernel, kind, block_d]
-    return next(AttentionConfig(*row) for limit, *row in rows if tokens <= limit)
+    row = next(row for limit, *row in rows if tokens <= limit)
+    bound = None if arch.startswith("gfx") else _MAX_REGISTERS.get((kernel, kind, block_d))
+    return AttentionConfig(*row, max_registers=bound)
 
 
 def tokens_per_split(tokens: int) -> int:

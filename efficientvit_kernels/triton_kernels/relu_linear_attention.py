@@ -349,3 +349,5 @@ class _Plan:
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }
+        if config.max_registers is not None:
+            self.meta["maxnreg"] = config.max_registers

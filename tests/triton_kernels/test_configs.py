@@ -1,0 +1,65 @@
+"""The configuration table of the attention's kernels serves every call, and its splits are what the readers expect."""
+
+from __future__ import annotations
+
+from itertools import pairwise, product
+from math import inf
+
+import pytest
+
+from efficientvit_kernels.ops._backends import TRITON_MAX_HEAD_DIM
+from efficientvit_kernels.triton_kernels import configs
+from efficientvit_kernels.triton_kernels.configs import AttentionConfig, attention_config, tokens_per_split
+
+KERNELS = ("kv_state", "apply", "grad_state", "grad_kv")
+KINDS = ("half", "tf32", "ieee")
+BLOCK_DIMS = (16, 32, 64, 128, 256)
+
+
+def test_every_kernel_kind_and_head_dim_has_its_rows() -> None:
+    assert set(configs._ATTENTION) == set(product(KERNELS, KINDS, BLOCK_DIMS))
+    assert configs.MAX_HEAD_DIM == max(BLOCK_DIMS) == TRITON_MAX_HEAD_DIM
+
+
+@pytest.mark.parametrize(("key", "rows"), [*configs._ATTENTION.items(), *configs._OF_ARCH.items()], ids=str)
+def test_rows_are_well_formed(key: tuple[str | int, ...], rows: tuple[tuple[float, int, int, int, int], ...]) -> None:
+    limits = [limit for limit, *_ in rows]
+    assert all(a < b for a, b in pairwise(limits)), "buckets must grow"
+    assert limits[-1] == inf, "there must be a row for any number of tokens"
+    block_d = key[-1]
+    assert isinstance(block_d, int)
+    for _, block_n, block_r, num_warps, num_stages in rows:
+        assert 16 <= block_n <= configs.TOKENS_PER_SPLIT, "products need 16; a split must be whole tiles"
+        assert 16 <= block_r <= block_d
+        for size in (block_n, block_r, num_warps):
+            assert size & (size - 1) == 0, f"{size} must be a power of two"
+        assert 1 <= num_stages <= 5
+
+
+def test_the_bucket_is_that_of_the_tokens() -> None:
+    few, many = (AttentionConfig(*row) for _, *row in configs._ATTENTION["kv_state", "half", 32])
+    assert few != many
+    for tokens, expected in ((1, few), (49, few), (256, few), (257, many), (16384, many), (2**31, many)):
+        assert attention_config("kv_state", "half", 32, tokens, "sm_90") == expected
+
+
+def test_an_architecture_has_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(configs._OF_ARCH, ("sm_86", "apply", "half", 64), ((inf, 16, 16, 2, 1),))
+    assert attention_config("apply", "half", 64, 100, "sm_86") == AttentionConfig(16, 16, 2, 1)
+    assert attention_config("apply", "half", 64, 100, "sm_90") != AttentionConfig(16, 16, 2, 1)
+    assert {key[1:] for key in configs._OF_ARCH} <= set(configs._ATTENTION)
+
+
+def test_only_nvidia_has_a_bound_of_registers() -> None:
+    assert set(configs._MAX_REGISTERS) <= set(configs._ATTENTION)
+    for kernel, kind, block_d in configs._MAX_REGISTERS:
+        assert attention_config(kernel, kind, block_d, 64, "sm_90").max_registers is not None
+        assert attention_config(kernel, kind, block_d, 64, "gfx942").max_registers is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "per_split"), [(1, 256), (49, 256), (256, 256), (257, 256), (8192, 256), (8193, 512), (16384, 512)]
+)
+def test_tokens_per_split(tokens: int, per_split: int) -> None:
+    assert tokens_per_split(tokens) == per_split
+    assert -(-tokens // per_split) <= configs.MAX_SPLITS
