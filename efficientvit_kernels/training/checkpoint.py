@@ -1,0 +1,70 @@
+"""The state of a training run on disk: it appears whole or not at all, and comes back exactly."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..models.checkpoint import CheckpointError
+
+FORMAT = "efficientvit_kernels training run 1"
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """Writes nested dicts and lists of tensors, numbers and strings; what was under `path` stays until all is written.
+
+    Raises: CheckpointError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with open(temporary, "xb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())  # the content is on disk before the name is
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What `save_state` wrote, on the CPU; no code of the file's runs.
+
+    Raises: CheckpointError: no such file, a damaged one, or one of another kind.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch's reader compares no checksums
+        if damaged is not None:
+            raise CheckpointError(path, f"damaged: the checksum of its record {damaged!r} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever the readers raise on damaged data
+        raise CheckpointError(path, f"cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(path, f"is not the state of a training run ({FORMAT!r})")
+    return state
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The generators of this process that a model may draw from: torch's on CPU and device, and Python's."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
