@@ -1,0 +1,42 @@
+"""Training runs that stop and go on without loss: the loop, its state on disk, ranks, logs; imported on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .distributed import Ranks as Ranks
+    from .distributed import start_ranks as start_ranks
+    from .image_quality import luma as luma
+    from .image_quality import psnr as psnr
+    from .image_quality import ssim as ssim
+    from .loop import Trainer as Trainer
+    from .optim import cosine_with_warmup as cosine_with_warmup
+    from .optim import parameter_groups as parameter_groups
+    from .settings import Settings as Settings
+
+_HOME = {
+    "Ranks": ".distributed",
+    "Settings": ".settings",
+    "Trainer": ".loop",
+    "cosine_with_warmup": ".optim",
+    "luma": ".image_quality",
+    "parameter_groups": ".optim",
+    "psnr": ".image_quality",
+    "ssim": ".image_quality",
+    "start_ranks": ".distributed",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
