@@ -107,9 +107,10 @@ MAX_HEAD_DIM = 256
 
 def attention_config(kernel: str, kind: str, block_d: int, tokens: int, arch: str) -> AttentionConfig:
     rows = _OF_ARCH.get((arch, kernel, kind, block_d)) or _ATTENTION[kernel, kind, block_d]
-    row = next(row for limit, *row in rows if tokens <= limit)
-    bound = None if arch.startswith("gfx") else _MAX_REGISTERS.get((kernel, kind, block_d))
-    return AttentionConfig(*row, max_registers=bound)
+    block_n, block_r, num_warps, num_stages = next(row for limit, *row in rows if tokens <= limit)
+    if arch.startswith("gfx"):  # a warp of AMD's has 64 threads
+        return AttentionConfig(block_n, block_r, num_warps // 2, num_stages)
+    return AttentionConfig(block_n, block_r, num_warps, num_stages, _MAX_REGISTERS.get((kernel, kind, block_d)))
 
 
 def tokens_per_split(tokens: int) -> int:

@@ -50,6 +50,14 @@ def test_an_architecture_has_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
     assert {key[1:] for key in configs._OF_ARCH} <= set(configs._ATTENTION)
 
 
+def test_warps_of_64_threads_are_half_as_many() -> None:
+    for (kernel, kind, block_d), rows in configs._ATTENTION.items():
+        for limit, block_n, block_r, num_warps, num_stages in rows:
+            tokens = int(min(limit, 10**6))
+            found = attention_config(kernel, kind, block_d, tokens, "gfx942")
+            assert found == AttentionConfig(block_n, block_r, num_warps // 2, num_stages)
+
+
 def test_only_nvidia_has_a_bound_of_registers() -> None:
     assert set(configs._MAX_REGISTERS) <= set(configs._ATTENTION)
     for kernel, kind, block_d in configs._MAX_REGISTERS:
