@@ -1,4 +1,4 @@
-"""Command line: python -m efficientvit_kernels info | verify | demo | bench."""
+"""Command line: python -m efficientvit_kernels info | verify | demo | bench, and the tasks on images."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import json
 import sys
 
 from ._bench import add_options, run_bench
+from .tasks import options as tasks
+
+COMMANDS = ("info", "verify", "demo", "bench", *tasks.COMMANDS)
 
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         "python -m efficientvit_kernels", description="Fused kernels for EfficientViT's LiteMLA."
     )
-    commands = root.add_subparsers(dest="command", required=True, metavar="info | verify | demo | bench")
+    commands = root.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
 
     info = commands.add_parser("info", help="versions, devices, which backend serves which op, and why not the others")
     info.add_argument("--json", action="store_true", help="the same as JSON")
@@ -37,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="LiteMLA and its ops against eager, compilers and runtimes")
     add_options(bench)
+    tasks.add_tasks(commands)
     return root
 
 
@@ -78,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
             return run_verify(arguments)
         if arguments.command == "bench":
             return run_bench(arguments)
+        if arguments.command in tasks.COMMANDS:
+            return tasks.run_task(arguments)
         from .demo import run_demo
 
         return run_demo(arguments)
