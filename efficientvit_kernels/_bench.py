@@ -12,6 +12,8 @@ from typing import Any
 
 def add_options(bench: argparse.ArgumentParser) -> None:
     sets = ("cases", "registry", "ops", "smoke")
+    what = "time: measure; static: bytes, operations and least times of the GPU kernels; default %(default)s"
+    bench.add_argument("what", nargs="?", default="time", choices=("time", "static"), help=what)
     bench.add_argument("--set", default="cases", choices=sets, help="shapes to measure; default %(default)s")
     bench.add_argument("--shape", action="append", metavar="NAME", help="only this shape of the set; may be repeated")
     bench.add_argument("--pass", dest="passes", default="both", choices=("inference", "training", "both"))
@@ -38,6 +40,10 @@ def run_bench(arguments: argparse.Namespace) -> int:
         raise FileNotFoundError(
             f"bench: benchmarks must be beside the package, as in a source tree, got none in {root}"
         )
+    if arguments.what == "static":
+        sys.path.insert(0, str(root))
+        static: Any = importlib.import_module("benchmarks.static")
+        return int(static.run_static(arguments))
     from .demo import ENVIRONMENT
 
     if any(name not in os.environ for name in ENVIRONMENT) and sys.platform == "linux":
