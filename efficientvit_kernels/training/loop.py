@@ -101,7 +101,7 @@ class Trainer:
                 for batch in step_loader(data, sampler, settings.workers, ranks.device):
                     self._train_step(batch)
                     bar.advance()
-                    if self.step % settings.log_every == 0:
+                    if self.step == settings.steps or _due(self.step, settings.log_every):
                         self._log(log, bar, started)
                         started = time.perf_counter()
                     if evaluate and (self.step == settings.steps or _due(self.step, settings.eval_every)):
