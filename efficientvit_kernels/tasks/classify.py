@@ -101,7 +101,7 @@ def write_csv(results: Sequence[Classification], path: Path) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command `classify`: a table, classes.csv and results.json."""
+    """The command `classify`: a table, classify.csv and classify.json."""
     names: Sequence[str] | None = None
     options = {}
     if arguments.names is not None:
@@ -132,5 +132,5 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         print(table(result))
         results.append(result)
-    write_csv(results, job.out / "classes.csv")
+    write_csv(results, job.out / "classify.csv")
     return job.finish([job.record(r.path, r.size, (), classes=[asdict(c) for c in r.classes]) for r in results])

@@ -63,7 +63,7 @@ class Job:
         return path
 
     def finish(self, records: Sequence[Mapping[str, Any]]) -> int:
-        """Writes results.json, says how it went; the exit status."""
+        """Writes <command>.json, says how it went; the exit status."""
         settings = ("model", "weights", "dtype", "backend", "attention")
         content = {
             "command": self.arguments.command,
@@ -72,7 +72,7 @@ class Job:
             "skipped": [{"image": shown(problem.path), "cause": problem.cause} for problem in self.problems],
         }
         if self.paths:
-            with written_whole(self.out / "results.json") as temporary:
+            with written_whole(self.out / f"{self.arguments.command}.json") as temporary:
                 temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         count, skipped = len(records), len(self.problems)
         print(f"{count} image{'' if count == 1 else 's'} done{f', results in {shown(self.out)}' if self.paths else ''}")
@@ -81,7 +81,7 @@ class Job:
         return 1 if skipped else 0
 
     def record(self, image: Path, size: tuple[int, ...], files: Sequence[Path], **facts: Any) -> dict[str, Any]:
-        """What results.json says of an image."""
+        """What the JSON file says of an image."""
         head = {"image": shown(image), "width": size[1], "height": size[0]}
         return {**head, "files": [shown(file.name) for file in files], **facts}
 

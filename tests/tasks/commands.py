@@ -17,7 +17,9 @@ from efficientvit_kernels.tasks import job
 
 
 def results(out: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((out / "results.json").read_text())
+    (path,) = out.glob("*.json")
+    content: dict[str, Any] = json.loads(path.read_text())
+    assert path.name == f"{content['command']}.json"
     return content
 
 

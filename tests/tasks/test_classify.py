@@ -54,7 +54,7 @@ def test_with_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix
     printed = capsys.readouterr()
     assert "random weights" not in printed.err
     assert f"{tmp_path / 'in/x.png'} (80 x 60)" in printed.out
-    with open(tmp_path / "out/classes.csv", newline="") as file:
+    with open(tmp_path / "out/classify.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["index"]) for row in rows] == expected.indices.tolist()
     torch.testing.assert_close(
@@ -79,7 +79,7 @@ def test_names_and_fewer_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     arguments = (tmp_path / "x.png", "--names", tmp_path / "names.txt", "--size", 32)
     assert run("classify", "efficientvit-l2", tmp_path / "out", *arguments) == 0
     assert asked == [{"n_classes": 3}]
-    with open(tmp_path / "out/classes.csv", newline="", encoding="utf-8") as file:
+    with open(tmp_path / "out/classify.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["Bär", "cat, tame", "dog"]
     # e^i / (1 + e + e^2)
@@ -136,7 +136,7 @@ def test_nan_is_no_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     use_model(monkeypatch, NotFinite())
     assert run("classify", "efficientvit-b0", tmp_path / "out", write(tmp_path / "x.png", noise(5, 5))) == 1
     assert "x.png: RuntimeError: the model's output is not finite" in capsys.readouterr().err
-    assert len((tmp_path / "out/classes.csv").read_text().splitlines()) == 1
+    assert len((tmp_path / "out/classify.csv").read_text().splitlines()) == 1
 
 
 def test_without_torchvision_classes_are_numbered(

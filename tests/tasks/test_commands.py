@@ -60,7 +60,7 @@ def test_odd_images_in_one_process(tmp_path: Path) -> None:
         "sub/grey.png": (20, 30),
     }
     assert [Path(skipped["image"]).name for skipped in content["skipped"]] == ["none", "cut.png", "text.jpg"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["classes.csv", "results.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["classify.csv", "classify.json"]
 
 
 def test_nothing_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +112,7 @@ def test_twice_into_a_folder_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for _ in range(2):
         assert run("upscale", MODEL, tmp_path / "out", tmp_path) == 0
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-            "results.json", "x_bicubic.png", "x_upscaled.png",
+            "upscale.json", "x_bicubic.png", "x_upscaled.png",
         ]  # fmt: skip
 
 
@@ -331,5 +331,5 @@ def test_nothing_outside_out_is_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert opened
     assert all(Path(name).parent == tmp_path / "out/deep" for name in opened)
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [
-        "results.json", "x.png", "x_bicubic.png", "x_upscaled.png",
+        "upscale.json", "x.png", "x_bicubic.png", "x_upscaled.png",
     ]  # fmt: skip

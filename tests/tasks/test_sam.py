@@ -134,8 +134,10 @@ def test_prompts_outside(tmp_path: Path, image: Path, capsys: pytest.CaptureFixt
     assert f"skipped: {small}: ValueError: {message}" in capsys.readouterr().err
     assert [record["image"] for record in results(tmp_path / "out")["images"]] == [str(image)]
     problems: list[Problem] = []
-    assert not list(mask_images(ToySam(), [small], box=(0, 0, 30, 21), problems=problems))
-    assert "got 30,21" in problems[0].cause
+    for box in ((0, 0, 30, 21), (0, 0, 31, 20), (-1, 0, 30, 20), (0, -1, 30, 20)):
+        assert not list(mask_images(ToySam(), [small], box=box, problems=problems))
+    assert [problem.cause.rpartition("got ")[2] for problem in problems] == ["30,21", "31,20", "-1,0", "0,-1"]
+    assert len(list(mask_images(small_l0(), [small], box=(0, 0, 30, 20)))) == 1
 
 
 @pytest.mark.parametrize("settings", [{"points": [(0.5, 0.5, 1)]}, {"points_per_side": 1, "pred_iou_thresh": 0.0}])
