@@ -106,6 +106,15 @@ def _bar(paths: list[Path], progress: bool) -> _Plain:
     return _Bar(paths, tqdm)
 
 
+def say(text: str) -> None:
+    """Prints a line; a progress bar on the same terminal makes room for it."""
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is None:
+        print(text)
+    else:
+        tqdm.tqdm.write(text)
+
+
 def to_model(model: nn.Module, x: Tensor) -> Tensor:
     """`x` on the model's device and in its dtype."""
     parameter = next(model.parameters())

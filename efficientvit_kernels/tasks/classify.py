@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..ops._checks import check_positive_int
-from .batch import Problem, check_finite, each_image, to_model
+from .batch import Problem, check_finite, each_image, say, to_model
 from .class_names import imagenet_names
 from .images import Pixels, shown, written_whole
 from .job import Job
@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
         problems=job.problems,
         progress=True,
     ):
-        print(table(result))
+        say(table(result))
         results.append(result)
     write_csv(results, job.out / "classify.csv")
     return job.finish([job.record(r.path, r.size, (), classes=[asdict(c) for c in r.classes]) for r in results])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..models.dc_ae import DCAE
-from .batch import Problem, check_finite, each_image, to_model
+from .batch import Problem, check_finite, each_image, say, to_model
 from .images import Pixels, save_png, shown
 from .job import Job
 from .preprocess import pad_to_multiple, pixels_to_tensor, tensor_to_pixels
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         save_png(result.decoded, file)
         height, width = result.pixels.shape[:2]
         latent = list(result.latent_shape)
-        print(f"{shown(result.path)} ({width} x {height}): PSNR {result.psnr:.2f} dB, latent {latent}")
+        say(f"{shown(result.path)} ({width} x {height}): PSNR {result.psnr:.2f} dB, latent {latent}")
         finite = result.psnr if math.isfinite(result.psnr) else None
         records.append(job.record(result.path, (height, width), [file], psnr=finite, latent_shape=latent))
     return job.finish(records)

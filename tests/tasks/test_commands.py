@@ -278,6 +278,17 @@ def test_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(FakeBar.made) == 1
 
 
+def test_lines_do_not_run_into_the_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tqdm = pytest.importorskip("tqdm", reason="tqdm is in the extra `tasks`")
+    batch.say("first")
+    lines: list[str] = []
+    monkeypatch.setattr(tqdm.tqdm, "write", lines.append)
+    batch.say("second")
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    batch.say("third")
+    assert (lines, capsys.readouterr().out) == (["second"], "first\nthird\n")
+
+
 def test_a_failing_image_does_not_end_the_others(tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{name}.png", noise(2, 2)) for name in "abc"]
 
