@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -89,28 +89,15 @@ class Trainer:
 
         Raises: FloatingPointError: the loss is not finite; the last state on disk is older.
         """
-        settings, ranks, last = self.settings, self.ranks, self.settings.steps
-        if settings.stop_after:
-            last = min(last, self.step + settings.stop_after)
+        settings, ranks = self.settings, self.ranks
+        last = min(settings.steps, self.step + settings.stop_after) if settings.stop_after else settings.steps
         sampler = StepSampler(len(data), settings.batch, settings.seed, ranks, self.step, last)  # type: ignore[arg-type]
+        batches = step_loader(data, sampler, settings.workers, ranks.device)
         log = RunLog(settings.out if ranks.main else None, self.step)
         bar = Progress(settings.steps, self.step, ranks.main, settings.log_every)
         try:
             with StopSignals() as signals:
-                started = time.perf_counter()
-                for batch in step_loader(data, sampler, settings.workers, ranks.device):
-                    self._train_step(batch)
-                    bar.advance()
-                    if self.step == settings.steps or _due(self.step, settings.log_every):
-                        self._log(log, bar, started)
-                        started = time.perf_counter()
-                    if evaluate and (self.step == settings.steps or _due(self.step, settings.eval_every)):
-                        self._evaluate(evaluate, log, bar)
-                    if self._hears(signals):
-                        bar.say(f"stopped by {signals.received or 'a signal to another rank'} after step {self.step}")
-                        break
-                    if _due(self.step, settings.save_every) and self.step < last:
-                        self._save()
+                self._train(batches, last, evaluate, signals, log, bar)
                 self._save()
         finally:
             bar.close()
@@ -119,6 +106,31 @@ class Trainer:
         if complete and ranks.main:
             save_weights(self.result, settings.out / RESULT)
         return complete
+
+    def _train(
+        self,
+        batches: Iterable[Any],
+        last: int,
+        evaluate: Callable[[nn.Module], Mapping[str, float]] | None,
+        signals: StopSignals,
+        log: RunLog,
+        bar: Progress,
+    ) -> None:
+        """All batches, or those up to a signal; the caller writes the last state."""
+        settings, started = self.settings, time.perf_counter()
+        for batch in batches:
+            self._train_step(batch)
+            bar.advance()
+            if self.step == settings.steps or _due(self.step, settings.log_every):
+                self._log(log, bar, started)
+                started = time.perf_counter()
+            if evaluate and (self.step == settings.steps or _due(self.step, settings.eval_every)):
+                self._evaluate(evaluate, log, bar)
+            if self._hears(signals):
+                bar.say(f"stopped by {signals.received or 'a signal to another rank'} after step {self.step}")
+                break
+            if _due(self.step, settings.save_every) and self.step < last:
+                self._save()
 
     def _hears(self, signals: StopSignals) -> bool:
         """Whether some rank was told to stop. GPUs, for which asking means to wait, ask at every row of the log."""
