@@ -65,11 +65,11 @@ _ATTENTION: dict[tuple[str, str, int], tuple[_Row, ...]] = {
     ("apply", "ieee", 16): ((inf, 64, 16, 4, 2),),
     ("apply", "ieee", 32): ((inf, 64, 32, 8, 1),),
     ("apply", "ieee", 64): ((inf, 32, 32, 8, 1),),
-    ("apply", "ieee", 128): ((inf, 32, 64, 4, 1),),
-    ("apply", "ieee", 256): ((inf, 32, 64, 4, 1),),
+    ("apply", "ieee", 128): ((inf, 32, 32, 8, 1),),
+    ("apply", "ieee", 256): ((inf, 32, 32, 8, 1),),
     ("grad_state", "half", 16): ((inf, 32, 16, 4, 4),),
-    ("grad_state", "half", 32): ((256, 16, 32, 4, 3), (inf, 32, 32, 4, 3)),
-    ("grad_state", "half", 64): ((inf, 32, 64, 8, 2),),
+    ("grad_state", "half", 32): ((inf, 16, 32, 4, 4),),
+    ("grad_state", "half", 64): ((inf, 16, 64, 8, 2),),
     ("grad_state", "half", 128): ((inf, 16, 64, 8, 1),),
     ("grad_state", "half", 256): ((inf, 16, 16, 8, 1),),
     ("grad_state", "tf32", 16): ((inf, 32, 16, 4, 2),),
@@ -82,7 +82,7 @@ _ATTENTION: dict[tuple[str, str, int], tuple[_Row, ...]] = {
     ("grad_state", "ieee", 64): ((inf, 16, 64, 8, 1),),
     ("grad_state", "ieee", 128): ((inf, 16, 32, 8, 1),),
     ("grad_state", "ieee", 256): ((inf, 16, 16, 8, 1),),
-    ("grad_kv", "half", 16): ((256, 64, 16, 4, 2), (inf, 128, 16, 4, 2)),
+    ("grad_kv", "half", 16): ((inf, 64, 16, 4, 3),),
     ("grad_kv", "half", 32): ((256, 32, 32, 4, 3), (inf, 64, 32, 4, 3)),
     ("grad_kv", "half", 64): ((inf, 32, 64, 8, 2),),
     ("grad_kv", "half", 128): ((inf, 32, 64, 8, 1),),
@@ -99,7 +99,17 @@ _ATTENTION: dict[tuple[str, str, int], tuple[_Row, ...]] = {
     ("grad_kv", "ieee", 256): ((inf, 32, 16, 8, 1),),
 }
 # Without a bound ptxas may spill a few bytes for the sake of one more block on a multiprocessor.
-_MAX_REGISTERS = {("grad_state", "ieee", 128): 255, ("grad_state", "ieee", 256): 255}
+_MAX_REGISTERS = {
+    ("apply", "half", 128): 255,
+    ("apply", "ieee", 64): 128,
+    ("apply", "ieee", 128): 128,
+    ("apply", "ieee", 256): 128,
+    ("apply", "tf32", 128): 255,
+    ("apply", "tf32", 256): 255,
+    ("grad_state", "ieee", 128): 255,
+    ("grad_state", "ieee", 256): 255,
+    ("kv_state", "tf32", 128): 255,
+}
 # Where the row above does not serve an architecture.
 _OF_ARCH: dict[tuple[str, str, str, int], tuple[_Row, ...]] = {}
 MAX_HEAD_DIM = 256

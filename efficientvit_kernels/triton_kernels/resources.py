@@ -303,11 +303,12 @@ LAYOUTS = ("nchw", "channels_last")
 DIMS = (8, 16, 32, 40, 64, 80, 96, 112, 128, 160, 256)
 OFFICIAL_DIMS = (16, 32)
 OFFICIAL_IMAGES = ((7, 7), (8, 8), (14, 14), (16, 16), (32, 32), (64, 64), (64, 128), (128, 128))
+ODD_IMAGES = ((7, 7), (33, 33))
 
 
 def all_cases(quick: bool = False) -> list[Case]:
-    """Every D, kind and layout, the official D on all official planes, the others on an aligned plane, and in NCHW,
-    where that decides how all of it is loaded, on one that is not. `quick`: one configuration of every kernel.
+    """Every D, kind and layout, the official D on all official planes, the others on an aligned one; in NCHW, where it
+    decides how all of it is loaded, also on planes that are not. `quick`: one configuration of every kernel.
     """
     if quick:
         large = Case("multiscale_aggregate", "float16", 64, "nchw", 64, 64)
@@ -316,7 +317,8 @@ def all_cases(quick: bool = False) -> list[Case]:
     for op, dim, kind, layout in product(OPS, DIMS, KINDS, LAYOUTS):
         if op == "lite_mla" and dim > 64:  # it launches the kernels of the two other ops
             continue
-        images = OFFICIAL_IMAGES if dim in OFFICIAL_DIMS else ((7, 7), (64, 64)) if layout == "nchw" else ((64, 64),)
+        images = OFFICIAL_IMAGES if dim in OFFICIAL_DIMS else ((64, 64),)
+        images += ODD_IMAGES if layout == "nchw" else ()
         cases += [Case(op, kind, dim, layout, *image) for image in images]
     return cases
 
@@ -376,9 +378,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--op", default=",".join(OPS), help="names with commas between; default all")
     parser.add_argument("--quick", action="store_true", help="one configuration of every kernel")
     parser.add_argument("--processes", type=int, default=2, help="default %(default)s")
-    parser.add_argument(
-        "--output", help="JSON file; the summary goes beside it as Markdown; default: print the summary"
-    )
+    parser.add_argument("--output", help="JSON file; without it the summary is printed alone")
+    parser.add_argument("--summary", help="Markdown file for the summary")
     arguments = parser.parse_args(argv)
     cases = [case for case in all_cases(arguments.quick) if case.op in arguments.op.split(",")]
     rows: list[report.Row] = []
