@@ -293,6 +293,12 @@ def _fwd_fake(
     return y, x.new_empty((x.shape[0], channels, *x.shape[2:])), state
 
 
+def _fwd_fake_triton(x: Tensor, qkv_weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As the native op's, but that qkv has the format of x, as torch's products give it."""
+    y, qkv, state = _fwd_fake(x, qkv_weight, *arguments)
+    return y, empty_image(x, qkv_weight.shape[0]) if arguments[-1] else qkv, state
+
+
 def _bwd_fake(
     grad_y: Tensor,
     x: Tensor,
@@ -331,7 +337,7 @@ register_triton(
     "fwd",
     f"(Tensor x, {_PRODUCTS}{_VECTORS}Tensor? proj_shift, Tensor? residual, int head_dim, float eps, bool save) "
     "-> (Tensor, Tensor, Tensor)",
-    _fwd_fake,
+    _fwd_fake_triton,
 )
 register_triton(
     OP,

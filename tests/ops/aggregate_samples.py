@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from efficientvit_kernels import multiscale_aggregate, reference
 from efficientvit_kernels.testing import Verdict, official_multiscale_aggregate
 from tests.ops.block_common import Arguments, in_dtype, judge_by_name, results
-from tests.ops.common import LAYOUTS, as_layout
+from tests.ops.common import LAYOUTS, as_layout, device_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ SAMPLES = [
 
 
 def run(arguments: Arguments, backend: str) -> Arguments:
-    return results(lambda **kwargs: multiscale_aggregate(**kwargs, backend=backend), arguments)
+    return results(partial(multiscale_aggregate, backend=backend), arguments, device=device_of(backend))
 
 
 def exact(arguments: Arguments) -> Arguments:

@@ -55,15 +55,22 @@ def grad_outs_like(outputs: dict[str, Tensor], dtype: torch.dtype, seed: int = 1
     return [random.to(dtype).to(out.dtype) for random, out in zip(randoms, outputs.values(), strict=True)]
 
 
-def results(function: Callable[..., Any], arguments: Arguments, grad_dtype: torch.dtype | None = None) -> Arguments:
-    """Outputs and the gradients of all tensor arguments, for fixed random grad_outs of `grad_dtype`'s precision."""
-    leaves = as_leaves(arguments)
+def results(
+    function: Callable[..., Any], arguments: Arguments, grad_dtype: torch.dtype | None = None, device: str = "cpu"
+) -> Arguments:
+    """Outputs and the gradients of all tensor arguments, for fixed random grad_outs of `grad_dtype`'s precision.
+
+    Computed on `device`, returned on the CPU.
+    """
+    leaves = as_leaves(mapped(arguments, lambda _, tensor: tensor.to(device)))
     outputs = outputs_of(function(**leaves))
     named = tensors_of(leaves)
-    grad_outs = grad_outs_like(outputs, grad_dtype or next(iter(outputs.values())).dtype)
+    grad_outs = [
+        grad_out.to(device) for grad_out in grad_outs_like(outputs, grad_dtype or next(iter(outputs.values())).dtype)
+    ]
     grads = torch.autograd.grad(list(outputs.values()), list(named.values()), grad_outs)
-    return {name: out.detach() for name, out in outputs.items()} | {
-        f"grad_{name}": grad for name, grad in zip(named, grads, strict=True)
+    return {name: out.detach().cpu() for name, out in outputs.items()} | {
+        f"grad_{name}": grad.cpu() for name, grad in zip(named, grads, strict=True)
     }
 
 

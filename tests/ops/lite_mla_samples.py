@@ -12,7 +12,7 @@ from torch import Tensor
 from efficientvit_kernels import lite_mla, reference
 from efficientvit_kernels.testing import Verdict, official_lite_mla, rule_t
 from tests.ops.block_common import Arguments, in_dtype, results
-from tests.ops.common import as_layout
+from tests.ops.common import as_layout, device_of
 from tests.ops.rounding import prescribed
 
 
@@ -118,7 +118,7 @@ SAMPLES = [
 
 
 def run(arguments: Arguments, backend: str, recompute: bool = False) -> Arguments:
-    return results(partial(lite_mla, backend=backend, recompute=recompute), arguments)
+    return results(partial(lite_mla, backend=backend, recompute=recompute), arguments, device=device_of(backend))
 
 
 def exact(arguments: Arguments) -> Arguments:
