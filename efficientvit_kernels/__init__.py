@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import models as models
     from ._info import info as info
     from .integrations import Report as Report
     from .integrations import accelerate as accelerate
@@ -33,10 +34,13 @@ _HOME = {
     "relu_linear_attention": ".ops",
     "restore": ".integrations",
 }
-__all__ = sorted(_HOME)
+_SUBMODULES = ("models",)
+__all__ = sorted([*_HOME, *_SUBMODULES])
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name], __name__), name)

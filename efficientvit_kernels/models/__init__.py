@@ -7,10 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backbones import create_backbone as create_backbone
+    from .checkpoint import CheckpointError as CheckpointError
+    from .checkpoint import load_weights as load_weights
+    from .checkpoint import read_state_dict as read_state_dict
+    from .checkpoint import save_weights as save_weights
     from .registry import create_model as create_model
     from .registry import list_models as list_models
 
-_HOME = {"create_backbone": ".backbones", "create_model": ".registry", "list_models": ".registry"}
+_HOME = {
+    "CheckpointError": ".checkpoint",
+    "create_backbone": ".backbones",
+    "create_model": ".registry",
+    "list_models": ".registry",
+    "load_weights": ".checkpoint",
+    "read_state_dict": ".checkpoint",
+    "save_weights": ".checkpoint",
+}
 __all__ = sorted(_HOME)
 
 

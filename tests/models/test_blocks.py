@@ -115,3 +115,20 @@ def test_norms_of_large_values(cls: type[nn.LayerNorm], dtype: torch.dtype) -> N
     # One rounding to the dtype, and float32 inside: a few ulp of float32 on values of about 3.
     tolerance = max(torch.finfo(dtype).eps, {torch.float64: 1e-13}.get(dtype, 1e-6))
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_rms_norm_without_gradients_gives_the_same_bits(dtype: torch.dtype) -> None:
+    """In place there, to save memory; the input is not touched."""
+    norm = RMSNorm2d(6).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 6, 5, 4).to(dtype).contiguous(memory_format=memory_format)
+        kept = x.clone()
+        expected = norm(x).detach()
+        with torch.no_grad():
+            found = norm(x)
+        assert torch.equal(found, expected)
+        assert found.stride() == expected.stride()
+        assert torch.equal(x, kept)
