@@ -106,8 +106,15 @@ _MAX_REGISTERS = {
     ("apply", "ieee", 256): 128,
     ("apply", "tf32", 128): 255,
     ("apply", "tf32", 256): 255,
+    ("grad_kv", "ieee", 64): 255,
+    ("grad_kv", "ieee", 128): 128,
+    ("grad_kv", "ieee", 256): 128,
     ("grad_state", "ieee", 128): 255,
     ("grad_state", "ieee", 256): 255,
+    ("kv_state", "ieee", 64): 128,
+    ("kv_state", "ieee", 128): 128,
+    ("kv_state", "ieee", 256): 255,
+    ("kv_state", "tf32", 64): 128,
     ("kv_state", "tf32", 128): 255,
 }
 # Where the row above does not serve an architecture.
