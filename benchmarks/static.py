@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.report import format_table
 from benchmarks.shapes import GPU_FIRST, REGISTRY, Shape
 from efficientvit_kernels.triton_kernels.configs import MAX_SUMMED_SPLITS, tokens_per_split
+from efficientvit_kernels.triton_kernels.lite_mla_configs import block_config, tiles_per_split
 
 RESULT = Path(__file__).parent / "results" / "static_h200.json"
 SHAPES = tuple(dict.fromkeys((*REGISTRY, *GPU_FIRST)))
@@ -90,9 +91,17 @@ class _Sizes:
         return -(-tokens // tokens_per_split(tokens))
 
     @property
-    def summed_splits(self) -> int:
-        """Splits that a reader of the states finds."""
-        return self.splits if self.splits <= MAX_SUMMED_SPLITS else 1
+    def fused_splits(self) -> int | None:
+        """Of the kernels that aggregate and sum in one; None where they do not serve this block."""
+        kind, block_d = "ieee" if self.dtype == "float32" else "half", max(16, 1 << (self.shape.dim - 1).bit_length())
+        width, splits = self.shape.width, []
+        for k in self.shape.scales:
+            state, apply = (block_config(kernel, kind, block_d, k, width) for kernel in ("state", "apply"))
+            if state is None or apply is None:
+                return None
+            tiles, _ = state.tiles(self.shape.height, width)
+            splits.append(-(-tiles // tiles_per_split(tiles)))
+        return max(splits, default=None)
 
     def states(self, splits: int) -> float:
         """Bytes of the states of one scale in fp32."""
@@ -116,10 +125,10 @@ def attention_forward(shape: Shape, dtype: str) -> list[Cost]:
     """relu_linear_attention of all scales: v k'^T, and k' summed; then KV q' and z . q'. relu is not counted."""
     s = _Sizes(shape, dtype)
     kv = s.scales * (2 * s.image + s.states(s.splits))
-    out = s.scales * (2 * s.image + s.states(s.summed_splits) + (s.states(1) if s.splits > 1 else 0))
+    out = s.scales * (2 * s.image + s.states(_summed(s.splits)) + (s.states(1) if s.splits > 1 else 0))
     return [
         _cost("kv_state", kv, s.products(2 * shape.dim * s.scales, False), fma=s.fma(s.scales), launches=s.scales),
-        *_sum_of_states(s, s.scales, 1),
+        *_sum_of_states(s, s.splits, s.scales),
         _cost("apply", out, s.products(2 * shape.dim * s.scales), fma=s.fma(3 * s.scales), launches=s.scales),
     ]
 
@@ -129,20 +138,25 @@ def attention_backward(shape: Shape, dtype: str) -> list[Cost]:
     s = _Sizes(shape, dtype)
     parts = 1 if dtype == "float32" else 2
     first = s.scales * (3 * s.image + s.states(1) + s.states(s.splits))
-    second = s.scales * (4 * s.image + s.states(s.summed_splits))
+    second = s.scales * (4 * s.image + s.states(_summed(s.splits)))
     products = (s.products(2 * shape.dim * (parts + 1) * s.scales),) * 2
     return [
         _cost("grad_state", first, products[0], fma=s.fma(9 * s.scales), launches=s.scales),
-        *_sum_of_states(s, s.scales, s.scales),
+        *_sum_of_states(s, s.splits, s.scales, s.scales),
         _cost("grad_kv", second, products[1], fma=s.fma(s.scales), launches=s.scales),
     ]
 
 
-def _sum_of_states(s: _Sizes, scales: int, launches: int) -> list[Cost]:
+def _summed(splits: int) -> int:
+    """Splits that a reader of the states finds."""
+    return splits if splits <= MAX_SUMMED_SPLITS else 1
+
+
+def _sum_of_states(s: _Sizes, splits: int, scales: int, launches: int = 1) -> list[Cost]:
     """A launch of torch's, where the readers would have too many splits to add up."""
-    if s.splits <= MAX_SUMMED_SPLITS:
+    if splits <= MAX_SUMMED_SPLITS:
         return []
-    return [Cost("sum of states", scales * (s.states(s.splits) + s.states(1)), launches=launches)]
+    return [Cost("sum of states", scales * (s.states(splits) + s.states(1)), launches=launches)]
 
 
 def aggregation_forward(shape: Shape, dtype: str) -> list[Cost]:
@@ -191,12 +205,13 @@ def products(shape: Shape, dtype: str) -> tuple[Cost, list[Cost]]:
 
 
 def block(shape: Shape, dtype: str) -> list[Cost]:
-    """lite_mla in inference. With aggregation: fused with the state, and with its application; q, k and v of the
-    aggregated scale stay on chip."""
+    """lite_mla in inference. Where aggregation is fused with the state, and with its application, q, k and v of the
+    aggregated scales stay on chip."""
     first, last = products(shape, dtype)
-    if not shape.scales:
-        return [first, *attention_forward(shape, dtype), *last]
     s = _Sizes(shape, dtype)
+    splits = s.fused_splits
+    if splits is None:
+        return [first, *aggregation_forward(shape, dtype), *attention_forward(shape, dtype), *last]
     kv, apply = [], []
     for i, k in enumerate(shape.scales):
         scales = 2 if i == 0 else 1  # the identity comes with the first
@@ -205,7 +220,7 @@ def block(shape: Shape, dtype: str) -> list[Cost]:
         kv.append(
             _cost(
                 f"aggregation {k} x {k} and state",
-                2 * s.image + weights * 2 / 3 + scales * s.states(s.splits),
+                2 * s.image + weights * 2 / 3 + scales * s.states(splits),
                 s.products(4 * d + 2 * d),
                 identity,
                 fma=s.fma(4 * k * k + scales),
@@ -214,12 +229,12 @@ def block(shape: Shape, dtype: str) -> list[Cost]:
         apply.append(
             _cost(
                 f"aggregation {k} x {k} and apply",
-                (1 + scales) * s.image + weights / 3 + scales * s.states(s.summed_splits),
+                (1 + scales) * s.image + weights / 3 + scales * s.states(_summed(splits)),
                 s.products(2 * d + 2 * d * scales),
                 fma=s.fma(2 * k * k + 3 * scales),
             )
         )
-    return [first, *kv, *_sum_of_states(s, s.scales, 1), *apply, *last]
+    return [first, *kv, *_sum_of_states(s, splits, s.scales), *apply, *last]
 
 
 def eager(shape: Shape, dtype: str) -> list[Cost]:

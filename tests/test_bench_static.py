@@ -74,15 +74,25 @@ def test_aggregation_by_hand() -> None:
 
 
 def test_block_by_hand() -> None:
+    """An image of 8 x 8 is two tiles or more of 4 x 8 or less, which are as many splits."""
+    splits = static._Sizes(SMALL, "float16").fused_splits
+    assert splits is not None
+    assert 2 <= splits <= 4
     qkv, state, apply, proj = static.block(SMALL, "float16")
     assert (qkv.bytes, qkv.tensor) == (4 * IMAGE + 3 * 64 * 64 * 2, 2 * 3 * 64 * 64 * 128)
-    assert state.bytes == 2 * IMAGE + 2 * 3 * 64 * 57 * 2 / 3 + 2 * STATE
+    assert state.bytes == 2 * IMAGE + 2 * 3 * 64 * 57 * 2 / 3 + 2 * splits * STATE
     assert state.fma == (2 * 2 * 25 + 2) * 64 * 128  # two of q, k and v; z of both scales
     assert (state.tensor, state.tf32) == (2 * 32 * 64 * 128, (2 * 2 * 32 + 2 * 32) * 64 * 128)
-    assert apply.bytes == 3 * IMAGE + 2 * 3 * 64 * 57 / 3 + 2 * STATE
+    assert apply.bytes == 3 * IMAGE + 2 * 3 * 64 * 57 / 3 + 2 * splits * STATE
     assert apply.tf32 == (2 * 32 + 2 * 2 * 32) * 64 * 128
     assert (proj.bytes, proj.tensor) == (4 * IMAGE + 2 * 64 * 64 * 2 + 8 * 64, 2 * 2 * 64 * 64 * 128)
     assert len(static.block(SMALL, "float32")) == 4 + 3  # scale, shift and residual are kernels of their own
+
+
+def test_a_block_that_is_not_fused() -> None:
+    wide = Shape("", 1, 192, 96, 8, 8)
+    names = [cost.kernel for cost in static.block(wide, "float16")]
+    assert names == ["product qkv", "aggregation 5 x 5", "kv_state", "apply", "product proj"]
 
 
 def test_eager_by_hand() -> None:
@@ -133,25 +143,37 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 LAUNCHES = """
-from benchmarks.shapes import REGISTRY
-from benchmarks.static import attention_backward, attention_forward
-from efficientvit_kernels.triton_kernels import relu_linear_attention as kernels
-from efficientvit_kernels.triton_kernels import launch
 import torch
+from benchmarks.shapes import REGISTRY
+from benchmarks.static import attention_backward, attention_forward, block
+from efficientvit_kernels.triton_kernels import launch, lite_mla
+from efficientvit_kernels.triton_kernels import relu_linear_attention as attention
+
+def empty(*dims):
+    return torch.empty(dims, dtype=torch.float16, device="meta")
+
+def compare(costs, recorded, shape):
+    costs = [cost for cost in costs if cost.kernel not in ("sum of states", "product qkv")]
+    found = [entry.kernel.__name__ for entry in recorded]
+    assert sum(cost.launches for cost in costs) == len(found), (shape, costs, found)
 
 for shape in REGISTRY[::4]:
-    dims = (shape.batch, 3 * shape.channels, shape.height, shape.width)
-    qkv = [torch.empty(dims, dtype=torch.float16, device="meta") for _ in range(1 + len(shape.scales))]
+    c, dims = shape.channels, (shape.height, shape.width)
+    qkv = [empty(shape.batch, 3 * c, *dims) for _ in range(1 + len(shape.scales))]
     with launch.recording("sm_90") as recorded:
-        out, state = kernels.relu_linear_attention_fwd(qkv, shape.dim, 1e-15)
-        kernels.relu_linear_attention_bwd(out, qkv, state, shape.dim, 1e-15, range(len(qkv)))
-    costs = [*attention_forward(shape, "float16"), *attention_backward(shape, "float16")]
-    expected = {f"{cost.kernel}_kernel": cost.launches for cost in costs if cost.kernel != "sum of states"}
-    found = [entry.kernel.__name__ for entry in recorded]
-    assert expected == {name: found.count(name) for name in found}, (shape, expected, found)
+        out, state = attention.relu_linear_attention_fwd(qkv, shape.dim, 1e-15)
+        attention.relu_linear_attention_bwd(out, qkv, state, shape.dim, 1e-15, range(len(qkv)))
+    compare([*attention_forward(shape, "float16"), *attention_backward(shape, "float16")], recorded, shape)
+    x, vector = empty(shape.batch, c, *dims), torch.empty(c, device="meta")
+    depthwise = [empty(3 * c, 1, k, k) for k in shape.scales]
+    pointwise = [empty(3 * c, shape.dim, 1, 1) for _ in shape.scales]
+    weights = (empty(3 * c, c, 1, 1), depthwise, pointwise, empty(c, c * len(qkv), 1, 1))
+    with launch.recording("sm_90") as recorded:
+        lite_mla.lite_mla_fwd(x, *weights, None, [], [], vector, vector, x, shape.dim, 1e-15, False)
+    compare(block(shape, "float16"), recorded, shape)
 """
 
 
-def test_launches_are_those_of_the_op() -> None:
+def test_launches_are_those_of_the_ops() -> None:
     done = python("-c", LAUNCHES, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
