@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile import load, operand, rounded
+from .tile import load, narrowed, operand, rounded, stored_operand
 
 # Above this k the code for all rows of the window at once would grow too long.
 MAX_UNROLLED: tl.constexpr = tl.constexpr(7)
@@ -152,15 +152,6 @@ def aggregate_rows(
     """
     o_c = tl.arange(0, BLOCK_C)
     out = zero_rows(o_r.shape[0], cols.shape[0], ROWS)
-    if D <= BLOCK_C:
-        acc = depthwise_rows(
-            p_x, stride_c, stride_h, stride_w, o_c, o_c < D, rows, cols, height, width,
-            p_depthwise, stride_dc, stride_dh, stride_dw, K, ROWS,
-        )  # fmt: skip
-        return pointwise_rows(
-            acc, p_pointwise, stride_po, stride_pi, p_depthwise_bias, stride_db, p_pointwise_bias, stride_pb,
-            o_r, m_r, o_c, o_c < D, HAS_DEPTHWISE_BIAS, HAS_POINTWISE_BIAS, PRECISION,
-        )  # fmt: skip
     for start in range(0, D, BLOCK_C):
         o_d = start + o_c
         acc = depthwise_rows(
@@ -173,3 +164,118 @@ def aggregate_rows(
     if HAS_POINTWISE_BIAS:
         out = add_to_rows(out, p_pointwise_bias, stride_pb, o_r, m_r)
     return out
+
+
+@triton.jit
+def store_rows(acc, p_out, stride_c, stride_h, stride_w, o_d, m_d, rows, cols, height, width):
+    """Rounds each row once, to the type of the output."""
+    p = p_out + (o_d.to(tl.int64) * stride_c)[:, None]
+    for r in tl.static_range(len(acc)):
+        offsets = (rows + r).to(tl.int64) * stride_h + cols.to(tl.int64) * stride_w
+        m_n = (rows + r < height) & (cols < width)
+        tl.store(p + offsets[None, :], narrowed(acc[r], p_out.dtype.element_ty), mask=m_d[:, None] & m_n[None, :])
+
+
+@triton.jit
+def middle_rows(
+    p_grad, stride_c, stride_h, stride_w, p_weight, stride_wo, stride_wi, o_c, rows, cols, height, width,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P^T grad_out for the channels o_c of one group, 0 beyond the image. Products of stored values are exact."""
+    acc = zero_rows(o_c.shape[0], cols.shape[0], ROWS)
+    for start in range(0, D, BLOCK_R):
+        o_r = start + tl.arange(0, BLOCK_R)
+        p = p_weight + (o_c.to(tl.int64) * stride_wi)[:, None] + (o_r.to(tl.int64) * stride_wo)[None, :]
+        weight = stored_operand(load(p, (o_c < D)[:, None] & (o_r < D)[None, :]), PRECISION)
+        sums = ()
+        for r in tl.static_range(ROWS):
+            m_n = (rows + r < height) & (cols < width)
+            grad = load_pixels(p_grad, stride_c, stride_h, stride_w, o_r, o_r < D, rows + r, cols, m_n)
+            sums = sums + (tl.dot(weight, stored_operand(grad, PRECISION), acc[r], input_precision=PRECISION),)
+        acc = sums
+    inside = ()
+    for r in tl.static_range(ROWS):
+        m_n = (rows + r < height) & (cols < width)
+        inside = inside + (tl.where(m_n[None, :], _in_own_layout(acc[r]), 0.0),)
+    return inside
+
+
+@triton.jit
+def _in_own_layout(x):
+    """x, in a layout that is not the matrix unit's.
+
+    Arithmetic between a product and loaded values happens in the product's layout, and every loaded value would go
+    through shared memory. Triton passes no layout on through a gather.
+    """
+    i_column = tl.arange(0, x.shape[1])[None, :] + tl.zeros(x.shape, tl.int32)
+    return tl.gather(x, i_column, axis=1)
+
+
+@triton.jit
+def add_grad_pointwise(
+    total, acc, p_grad, stride_c, stride_h, stride_w, o_r, m_r, rows, cols, height, width, PRECISION: tl.constexpr
+):
+    """total + grad_out acc^T for the output channels o_r, summed over the rows of the lanes inside the image."""
+    for r in tl.static_range(len(acc)):
+        m_n = (rows + r < height) & (cols < width)
+        grad = load_pixels(p_grad, stride_c, stride_h, stride_w, o_r, m_r, rows + r, cols, m_n)
+        inside = rounded(tl.where(m_n[None, :], acc[r], 0.0), PRECISION)
+        total = tl.dot(operand(grad, PRECISION), tl.trans(inside), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def depthwise_both_ways(
+    grads, middle, p_x, stride_c, stride_h, stride_w, o_c, m_c, rows, cols, height, width,
+    p_weight, stride_wc, stride_wh, stride_ww,
+    K: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """The convolution's rows, and grads[dx * K + dy] + middle * x: every x that is loaded serves both.
+
+    EVEN: the rows of a lane are all inside the image or all outside.
+    """
+    p_tap = p_weight + o_c.to(tl.int64) * stride_wc
+    m_lane = (rows < height) & (cols < width)
+    acc = zero_rows(o_c.shape[0], cols.shape[0], ROWS)
+    for dx in range(K):
+        o_w = cols + (dx - K // 2)
+        m_w = m_lane & (o_w >= 0) & (o_w < width)
+        column, others, taps = (), (), ()
+        for dy in tl.static_range(K):
+            column = column + (grads[dy],)
+            taps = taps + (load(p_tap + dy * stride_wh + dx * stride_ww, m_c).to(tl.float32)[:, None],)
+        for tap in tl.static_range(K, K * K):
+            others = others + (grads[tap],)
+        for i in tl.static_range(ROWS + K - 1):
+            o_h = rows + (i - K // 2)
+            m_n = m_w & (o_h >= 0) & (o_h < height)
+            x = load_pixels(p_x, stride_c, stride_h, stride_w, o_c, m_c, o_h, o_w, m_n).to(tl.float32)
+            acc = _add_row_of_window(acc, x, taps, i)
+            column = _add_middle_times_row(column, middle, x, rows, height, i, EVEN)
+        grads = others + column
+    return acc, grads
+
+
+@triton.jit
+def _add_middle_times_row(column, middle, x, rows, height, ROW: tl.constexpr, EVEN: tl.constexpr):
+    """column[dy] + middle * x, for every tap dy that carries row ROW of the window to a row of the lane."""
+    sums = ()
+    for dy in tl.static_range(len(column)):
+        if (ROW - dy >= 0) and (ROW - dy < len(middle)):
+            # Beyond the image middle is 0, and x may be NaN.
+            inside = x if EVEN else tl.where((rows + (ROW - dy) < height)[None, :], x, 0.0)
+            sums = sums + (column[dy] + middle[ROW - dy] * inside,)
+        else:
+            sums = sums + (column[dy],)
+    return sums
+
+
+@triton.jit
+def next_column(taps, K: tl.constexpr):
+    """The same with the first column of taps moved to the end: a loop cannot index a tuple."""
+    moved = ()
+    for tap in tl.static_range(K, K * K):
+        moved = moved + (taps[tap],)
+    for tap in tl.static_range(K):
+        moved = moved + (taps[tap],)
+    return moved
