@@ -7,7 +7,7 @@ architecture) and from the bytes that they keep in flight; none is measured yet.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 # Each split of the sum over tokens costs a state to write and read again (4 KB at D = 32), and gives one more program
@@ -29,13 +29,14 @@ class AttentionConfig:
 
 
 # Per kernel, kind and padded head dimension: (up to this many tokens, block_n, block_r, num_warps, num_stages), the
-# fewest tokens first. Kinds: "half", 16-bit storage; "tf32", float32 storage with TF32 products; "ieee", float32.
+# fewest tokens first; sixth, where ptxas would else spill a few bytes for the sake of one more block on a
+# multiprocessor, max_registers. Kinds: "half", 16-bit storage; "tf32", float32 with TF32 products; "ieee", float32.
 #
 # Up to 256 tokens a split is a handful of tiles, and planes are often not aligned (7 x 7, 14 x 14), so that every
 # element is loaded by an address of its own: smaller tiles, or these addresses fill the registers.
 # Products in IEEE float32 have no matrix units: Triton unrolls them, and holds a row of both operands per output in
 # registers; hence 8 warps and few tokens or rows.
-_Row = tuple[float, int, int, int, int]
+_Row = tuple[float, int, int, int, int] | tuple[float, int, int, int, int, int]
 _ATTENTION: dict[tuple[str, str, int], tuple[_Row, ...]] = {
     ("kv_state", "half", 16): ((256, 64, 16, 4, 2), (inf, 128, 16, 4, 3)),
     ("kv_state", "half", 32): ((256, 32, 32, 4, 3), (inf, 64, 32, 4, 3)),
@@ -44,32 +45,32 @@ _ATTENTION: dict[tuple[str, str, int], tuple[_Row, ...]] = {
     ("kv_state", "half", 256): ((inf, 32, 32, 8, 2),),
     ("kv_state", "tf32", 16): ((256, 32, 16, 4, 3), (inf, 64, 16, 4, 3)),
     ("kv_state", "tf32", 32): ((256, 32, 32, 4, 2), (inf, 32, 32, 4, 3)),
-    ("kv_state", "tf32", 64): ((inf, 32, 64, 8, 2),),
-    ("kv_state", "tf32", 128): ((inf, 32, 64, 8, 1),),
+    ("kv_state", "tf32", 64): ((inf, 32, 64, 8, 2, 128),),
+    ("kv_state", "tf32", 128): ((inf, 32, 64, 8, 1, 255),),
     ("kv_state", "tf32", 256): ((inf, 16, 32, 8, 1),),
     ("kv_state", "ieee", 16): ((inf, 32, 16, 4, 2),),
     ("kv_state", "ieee", 32): ((inf, 32, 32, 8, 2),),
-    ("kv_state", "ieee", 64): ((inf, 16, 64, 8, 1),),
-    ("kv_state", "ieee", 128): ((inf, 16, 32, 8, 1),),
-    ("kv_state", "ieee", 256): ((inf, 16, 32, 8, 1),),
+    ("kv_state", "ieee", 64): ((inf, 16, 64, 8, 1, 128),),
+    ("kv_state", "ieee", 128): ((inf, 16, 32, 8, 1, 128),),
+    ("kv_state", "ieee", 256): ((inf, 16, 32, 8, 1, 255),),
     ("apply", "half", 16): ((256, 64, 16, 4, 2), (inf, 128, 16, 4, 3)),
     ("apply", "half", 32): ((256, 32, 32, 4, 3), (inf, 64, 32, 4, 3)),
     ("apply", "half", 64): ((inf, 32, 64, 4, 2),),
-    ("apply", "half", 128): ((inf, 32, 128, 8, 1),),
+    ("apply", "half", 128): ((inf, 32, 128, 8, 1, 255),),
     ("apply", "half", 256): ((inf, 32, 64, 8, 1),),
     ("apply", "tf32", 16): ((inf, 64, 16, 4, 2),),
     ("apply", "tf32", 32): ((inf, 32, 32, 4, 3),),
     ("apply", "tf32", 64): ((inf, 32, 64, 8, 1),),
-    ("apply", "tf32", 128): ((inf, 32, 64, 8, 1),),
-    ("apply", "tf32", 256): ((inf, 32, 64, 8, 1),),
+    ("apply", "tf32", 128): ((inf, 32, 64, 8, 1, 255),),
+    ("apply", "tf32", 256): ((inf, 32, 64, 8, 1, 255),),
     ("apply", "ieee", 16): ((inf, 64, 16, 4, 2),),
     ("apply", "ieee", 32): ((inf, 64, 32, 8, 1),),
-    ("apply", "ieee", 64): ((inf, 32, 32, 8, 1),),
-    ("apply", "ieee", 128): ((inf, 32, 32, 8, 1),),
-    ("apply", "ieee", 256): ((inf, 32, 32, 8, 1),),
+    ("apply", "ieee", 64): ((inf, 32, 32, 8, 1, 128),),
+    ("apply", "ieee", 128): ((inf, 32, 32, 8, 1, 128),),
+    ("apply", "ieee", 256): ((inf, 32, 32, 8, 1, 128),),
     ("grad_state", "half", 16): ((inf, 32, 16, 4, 4),),
     ("grad_state", "half", 32): ((inf, 16, 32, 4, 4),),
-    ("grad_state", "half", 64): ((inf, 16, 64, 8, 2),),
+    ("grad_state", "half", 64): ((inf, 16, 64, 8, 2, 128),),
     ("grad_state", "half", 128): ((inf, 16, 64, 8, 1),),
     ("grad_state", "half", 256): ((inf, 16, 16, 8, 1),),
     ("grad_state", "tf32", 16): ((inf, 32, 16, 4, 2),),
@@ -80,8 +81,8 @@ _ATTENTION: dict[tuple[str, str, int], tuple[_Row, ...]] = {
     ("grad_state", "ieee", 16): ((inf, 32, 16, 4, 2),),
     ("grad_state", "ieee", 32): ((inf, 32, 32, 8, 1),),
     ("grad_state", "ieee", 64): ((inf, 16, 64, 8, 1),),
-    ("grad_state", "ieee", 128): ((inf, 16, 32, 8, 1),),
-    ("grad_state", "ieee", 256): ((inf, 16, 16, 8, 1),),
+    ("grad_state", "ieee", 128): ((inf, 16, 32, 8, 1, 255),),
+    ("grad_state", "ieee", 256): ((inf, 16, 16, 8, 1, 255),),
     ("grad_kv", "half", 16): ((inf, 64, 16, 4, 3),),
     ("grad_kv", "half", 32): ((256, 32, 32, 4, 3), (inf, 64, 32, 4, 3)),
     ("grad_kv", "half", 64): ((inf, 32, 64, 8, 2),),
@@ -94,40 +95,23 @@ _ATTENTION: dict[tuple[str, str, int], tuple[_Row, ...]] = {
     ("grad_kv", "tf32", 256): ((inf, 32, 64, 8, 1),),
     ("grad_kv", "ieee", 16): ((inf, 64, 16, 8, 1),),
     ("grad_kv", "ieee", 32): ((inf, 32, 32, 8, 1),),
-    ("grad_kv", "ieee", 64): ((inf, 16, 64, 8, 1),),
-    ("grad_kv", "ieee", 128): ((inf, 32, 16, 8, 1),),
-    ("grad_kv", "ieee", 256): ((inf, 32, 16, 8, 1),),
-}
-# Without a bound ptxas may spill a few bytes for the sake of one more block on a multiprocessor.
-_MAX_REGISTERS = {
-    ("apply", "half", 128): 255,
-    ("apply", "ieee", 64): 128,
-    ("apply", "ieee", 128): 128,
-    ("apply", "ieee", 256): 128,
-    ("apply", "tf32", 128): 255,
-    ("apply", "tf32", 256): 255,
-    ("grad_kv", "ieee", 64): 255,
-    ("grad_kv", "ieee", 128): 128,
-    ("grad_kv", "ieee", 256): 128,
-    ("grad_state", "ieee", 128): 255,
-    ("grad_state", "ieee", 256): 255,
-    ("kv_state", "ieee", 64): 128,
-    ("kv_state", "ieee", 128): 128,
-    ("kv_state", "ieee", 256): 255,
-    ("kv_state", "tf32", 64): 128,
-    ("kv_state", "tf32", 128): 255,
+    ("grad_kv", "ieee", 64): ((inf, 16, 64, 8, 1, 255),),
+    ("grad_kv", "ieee", 128): ((inf, 32, 16, 8, 1, 128),),
+    ("grad_kv", "ieee", 256): ((inf, 32, 16, 8, 1, 128),),
 }
 # Where the row above does not serve an architecture.
-_OF_ARCH: dict[tuple[str, str, str, int], tuple[_Row, ...]] = {}
+_OF_ARCH: dict[tuple[str, str, str, int], tuple[_Row, ...]] = {
+    ("sm_100", "grad_kv", "half", 32): ((256, 32, 32, 4, 3), (inf, 64, 32, 4, 3, 168)),
+}
 MAX_HEAD_DIM = 256
 
 
 def attention_config(kernel: str, kind: str, block_d: int, tokens: int, arch: str) -> AttentionConfig:
     rows = _OF_ARCH.get((arch, kernel, kind, block_d)) or _ATTENTION[kernel, kind, block_d]
-    block_n, block_r, num_warps, num_stages = next(row for limit, *row in rows if tokens <= limit)
+    config = next(AttentionConfig(*row) for limit, *row in rows if tokens <= limit)
     if arch.startswith("gfx"):  # a warp of AMD's has 64 threads
-        return AttentionConfig(block_n, block_r, num_warps // 2, num_stages)
-    return AttentionConfig(block_n, block_r, num_warps, num_stages, _MAX_REGISTERS.get((kernel, kind, block_d)))
+        return replace(config, num_warps=config.num_warps // 2, max_registers=None)
+    return config
 
 
 def tokens_per_split(tokens: int) -> int:
