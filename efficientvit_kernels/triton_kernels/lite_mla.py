@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops._fakes import empty_image
-from .launch import block_of, launch, product_precision
+from .launch import arch_of, block_of, launch, product_precision
 from .lite_mla_configs import BlockConfig, block_config, tiles_per_program, tiles_per_split
 from .lite_mla_kernels import aggregate_apply_kernel, aggregate_kv_state_kernel
 from .multiscale_aggregate import multiscale_aggregate_bwd, multiscale_aggregate_fwd
@@ -107,6 +107,9 @@ class _Scale:
             "num_warps": config.num_warps,
             "num_stages": 1,
         }
+        if arch_of(qkv).startswith("sm_"):
+            # Left to itself, ptxas spills a few registers to fit one more block.
+            self.meta["maxnreg"] = 255
 
 
 def _aggregated_states(qkv: Tensor, aggregation: Weights, configs: Sequence[BlockConfig], head_dim: int) -> Tensor:
