@@ -59,7 +59,7 @@ class Digits(Dataset[tuple[Tensor, int]]):
         return image.expand(3, -1, -1).contiguous(), int(self.labels[index])
 
 
-def image_folder(folder: Path, size: int, train: bool) -> Dataset[Any]:
+def image_folder(folder: Path, size: int, train: bool) -> Any:
     """torchvision's ImageFolder with the usual crops, normalised as the official models want it."""
     try:
         from torchvision import datasets, transforms
@@ -91,7 +91,7 @@ def loss_of(smoothing: float) -> Any:
     return loss
 
 
-def accuracy(model: nn.Module, data: Dataset[Any], batch: int, ranks: Ranks) -> dict[str, float]:
+def accuracy(model: nn.Module, data: Any, batch: int, ranks: Ranks) -> dict[str, float]:
     """The share of the images that is classified rightly, and the mean cross-entropy; each rank looks at its own."""
     mine = Subset(data, range(ranks.rank, len(data), ranks.world))
     sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
