@@ -17,6 +17,11 @@ MAX_SPLITS = 32
 MAX_SUMMED_SPLITS = 4
 
 
+# ptxas spills a few bytes where that lets one more block on a multiprocessor, unless it is told a bound; then it uses
+# what it is given. For large tiles, which no official model has.
+MAX_REGISTERS = 255
+
+
 @dataclass(frozen=True)
 class AttentionConfig:
     """block_n: tokens of a tile. block_r: rows of the state that a program holds. max_registers: NVIDIA alone."""
@@ -29,8 +34,8 @@ class AttentionConfig:
 
 
 # Per kernel, kind and padded head dimension: (up to this many tokens, block_n, block_r, num_warps, num_stages), the
-# fewest tokens first; sixth, where ptxas would else spill a few bytes for the sake of one more block on a
-# multiprocessor, max_registers. Kinds: "half", 16-bit storage; "tf32", float32 with TF32 products; "ieee", float32.
+# fewest tokens first; sixth, where MAX_REGISTERS are more than are needed, max_registers.
+# Kinds: "half", 16-bit storage; "tf32", float32 storage with TF32 products; "ieee", float32.
 #
 # Up to 256 tokens a split is a handful of tiles, and planes are often not aligned (7 x 7, 14 x 14), so that every
 # element is loaded by an address of its own: smaller tiles, or these addresses fill the registers.
@@ -46,23 +51,23 @@ _ATTENTION: dict[tuple[str, str, int], tuple[_Row, ...]] = {
     ("kv_state", "tf32", 16): ((256, 32, 16, 4, 3), (inf, 64, 16, 4, 3)),
     ("kv_state", "tf32", 32): ((256, 32, 32, 4, 2), (inf, 32, 32, 4, 3)),
     ("kv_state", "tf32", 64): ((inf, 32, 64, 8, 2, 128),),
-    ("kv_state", "tf32", 128): ((inf, 32, 64, 8, 1, 255),),
+    ("kv_state", "tf32", 128): ((inf, 32, 64, 8, 1),),
     ("kv_state", "tf32", 256): ((inf, 16, 32, 8, 1),),
     ("kv_state", "ieee", 16): ((inf, 32, 16, 4, 2),),
     ("kv_state", "ieee", 32): ((inf, 32, 32, 8, 2),),
     ("kv_state", "ieee", 64): ((inf, 16, 64, 8, 1, 128),),
     ("kv_state", "ieee", 128): ((inf, 16, 32, 8, 1, 128),),
-    ("kv_state", "ieee", 256): ((inf, 16, 32, 8, 1, 255),),
+    ("kv_state", "ieee", 256): ((inf, 16, 32, 8, 1),),
     ("apply", "half", 16): ((256, 64, 16, 4, 2), (inf, 128, 16, 4, 3)),
     ("apply", "half", 32): ((256, 32, 32, 4, 3), (inf, 64, 32, 4, 3)),
     ("apply", "half", 64): ((inf, 32, 64, 4, 2),),
-    ("apply", "half", 128): ((inf, 32, 128, 8, 1, 255),),
+    ("apply", "half", 128): ((inf, 32, 128, 8, 1),),
     ("apply", "half", 256): ((inf, 32, 64, 8, 1),),
     ("apply", "tf32", 16): ((inf, 64, 16, 4, 2),),
     ("apply", "tf32", 32): ((inf, 32, 32, 4, 3),),
     ("apply", "tf32", 64): ((inf, 32, 64, 8, 1),),
-    ("apply", "tf32", 128): ((inf, 32, 64, 8, 1, 255),),
-    ("apply", "tf32", 256): ((inf, 32, 64, 8, 1, 255),),
+    ("apply", "tf32", 128): ((inf, 32, 64, 8, 1),),
+    ("apply", "tf32", 256): ((inf, 32, 64, 8, 1),),
     ("apply", "ieee", 16): ((inf, 64, 16, 4, 2),),
     ("apply", "ieee", 32): ((inf, 64, 32, 8, 1),),
     ("apply", "ieee", 64): ((inf, 32, 32, 8, 1, 128),),
@@ -81,8 +86,8 @@ _ATTENTION: dict[tuple[str, str, int], tuple[_Row, ...]] = {
     ("grad_state", "ieee", 16): ((inf, 32, 16, 4, 2),),
     ("grad_state", "ieee", 32): ((inf, 32, 32, 8, 1),),
     ("grad_state", "ieee", 64): ((inf, 16, 64, 8, 1),),
-    ("grad_state", "ieee", 128): ((inf, 16, 32, 8, 1, 255),),
-    ("grad_state", "ieee", 256): ((inf, 16, 16, 8, 1, 255),),
+    ("grad_state", "ieee", 128): ((inf, 16, 32, 8, 1),),
+    ("grad_state", "ieee", 256): ((inf, 16, 16, 8, 1),),
     ("grad_kv", "half", 16): ((inf, 64, 16, 4, 3),),
     ("grad_kv", "half", 32): ((256, 32, 32, 4, 3), (inf, 64, 32, 4, 3)),
     ("grad_kv", "half", 64): ((inf, 32, 64, 8, 2),),
@@ -95,13 +100,13 @@ _ATTENTION: dict[tuple[str, str, int], tuple[_Row, ...]] = {
     ("grad_kv", "tf32", 256): ((inf, 32, 64, 8, 1),),
     ("grad_kv", "ieee", 16): ((inf, 64, 16, 8, 1),),
     ("grad_kv", "ieee", 32): ((inf, 32, 32, 8, 1),),
-    ("grad_kv", "ieee", 64): ((inf, 16, 64, 8, 1, 255),),
+    ("grad_kv", "ieee", 64): ((inf, 16, 64, 8, 1),),
     ("grad_kv", "ieee", 128): ((inf, 32, 16, 8, 1, 128),),
     ("grad_kv", "ieee", 256): ((inf, 32, 16, 8, 1, 128),),
 }
 # Where the row above does not serve an architecture.
 _OF_ARCH: dict[tuple[str, str, str, int], tuple[_Row, ...]] = {
-    ("sm_100", "grad_kv", "half", 32): ((256, 32, 32, 4, 3), (inf, 64, 32, 4, 3, 168)),
+    ("sm_100", "grad_kv", "half", 32): ((inf, 32, 32, 4, 3),),
 }
 MAX_HEAD_DIM = 256
 
@@ -109,6 +114,8 @@ MAX_HEAD_DIM = 256
 def attention_config(kernel: str, kind: str, block_d: int, tokens: int, arch: str) -> AttentionConfig:
     rows = _OF_ARCH.get((arch, kernel, kind, block_d)) or _ATTENTION[kernel, kind, block_d]
     config = next(AttentionConfig(*row) for limit, *row in rows if tokens <= limit)
+    if config.num_warps == 8 and block_d >= 64 and config.max_registers is None:
+        config = replace(config, max_registers=MAX_REGISTERS)
     if arch.startswith("gfx"):  # a warp of AMD's has 64 threads
         return replace(config, num_warps=config.num_warps // 2, max_registers=None)
     return config

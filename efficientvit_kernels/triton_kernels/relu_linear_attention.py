@@ -142,6 +142,8 @@ def grad_state_kernel(
         m_d = (o_d < D)[:, None] & m_n
         q = relu(load(p_q[:, None] + token_offsets(o_n, width, stride_h, stride_w, FLAT)[None, :], m_d))
         q_wide = q.to(tl.float32)
+        if ROW_BLOCKS > 1:  # z would fill registers through the loop over the blocks
+            z = last_rows_sum(p_state, o_d, 1, D)
         den = (tl.sum(q_wide * z[:, None], axis=0) + eps)[None, :]
         out_offsets = token_offsets(o_n, width, stride_out_h, stride_out_w, OUT_FLAT)[None, :]
         p = p_out + o_r[:, None].to(tl.int64) * stride_out_c + out_offsets
@@ -160,6 +162,8 @@ def grad_state_kernel(
             grad_q = tl.dot(tl.trans(high), grad_num, grad_q, input_precision=PRECISION)  # [D, N]
             if TWO_PARTS:
                 grad_q = tl.dot(tl.trans(low), grad_num, grad_q, input_precision=PRECISION)
+        if ROW_BLOCKS > 1:
+            z = last_rows_sum(p_state, o_d, 1, D)
         grad_den = -tl.sum(q_wide * grad_q, axis=0)[None, :] / den
         grad_z += tl.sum(q_wide * grad_den, axis=1)
         grad_q = tl.where(q_wide <= 0, 0.0, grad_q + z[:, None] * grad_den)

@@ -54,14 +54,20 @@ def test_an_architecture_has_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_amd_has_half_the_warps_of_64_threads_and_no_bound_of_registers() -> None:
-    bounded = 0
     for (kernel, kind, block_d), rows in configs._ATTENTION.items():
         for limit, *row in rows:
             tokens, usual = int(min(limit, 10**6)), AttentionConfig(*row)
             found = attention_config(kernel, kind, block_d, tokens, "gfx942")
             assert found == AttentionConfig(usual.block_n, usual.block_r, usual.num_warps // 2, usual.num_stages)
-            bounded += usual.max_registers is not None
-    assert bounded > 0
+
+
+def test_large_tiles_have_a_bound_of_registers() -> None:
+    for (kernel, kind, block_d), ((_, *row), *_) in configs._ATTENTION.items():
+        bound = attention_config(kernel, kind, block_d, 1, "sm_120").max_registers
+        if len(row) == 5:
+            assert bound == row[4]
+        else:
+            assert bound == (255 if block_d >= 64 and row[2] == 8 else None)
 
 
 @pytest.mark.parametrize(
