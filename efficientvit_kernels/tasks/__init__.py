@@ -44,7 +44,7 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .optional import require
+    from .._optional import require
 
     require("numpy", name)  # the modules import it at their top; this error says how to install it
     value = getattr(importlib.import_module(_HOME[name], __name__), name)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .optional import require
+from .._optional import require
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,7 +8,7 @@ import math
 import sys
 from typing import Any
 
-from .optional import require
+from .._optional import require
 
 COMMANDS = ("classify", "segment", "sam", "reconstruct", "upscale")
 MODELS = {  # shell-style patterns for list_models

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._optional import require
 from ..ops._checks import check_positive_int
 from .batch import Problem, check_finite, each_image, to_model
 from .images import Pixels, save_png, to_pillow
 from .job import Job
-from .optional import require
 from .options import UsageError
 from .preprocess import pixels_to_tensor, tensor_to_pixels
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from efficientvit_kernels.models.sam import optional
+from efficientvit_kernels import _optional as optional
 from efficientvit_kernels.models.sam.binary_masks import (
     area_of_runs,
     compress_runs,

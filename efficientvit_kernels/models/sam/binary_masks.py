@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .optional import require
+from ..._optional import require
 
 # What needs which module, for `require`.
 COCO = ("pycocotools.mask", "output_mode 'coco_rle'")

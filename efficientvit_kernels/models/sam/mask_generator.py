@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..._optional import require
 from ...ops._checks import check_positive_int
 from .binary_masks import (
     COCO,
@@ -27,7 +28,6 @@ from .binary_masks import (
 )
 from .crops import Box, crop_boxes, cut_by_crop, point_grid
 from .model import EfficientViTSam
-from .optional import require
 from .predictor import SamPredictor, check_image_array
 
 OUTPUTS: dict[str, Callable[[RunLengths], Any]] = {

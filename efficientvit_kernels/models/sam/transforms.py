@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .optional import require
+from ..._optional import require
 
 
 def resized_size(height: int, width: int, long_side: int) -> tuple[int, int]:

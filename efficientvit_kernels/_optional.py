@@ -1,4 +1,4 @@
-"""Packages of the extra `tasks`, imported when they are needed."""
+"""Optional packages, imported when they are needed."""
 
 from __future__ import annotations
 
