@@ -80,10 +80,10 @@ def lite_mla(
         [B, C_out, H, W] of x's dtype; channels_last if x is.
 
     Numerics: products and sums in float32 (float64 for float64) from the stored values. qkv is stored, hence rounded
-    once, in x's dtype; what lies between qkv and y is float32, and y is rounded once; the triton backend also stores, and rounds, the
-    attention's result. The cpu backend gives the same
-    bits from run to run, at any thread count, in any layout and with or without gradients. Backward saves x, qkv and a
-    [B, heads * (1 + S), D + 1, D] state, or x alone; a second differentiation and forward-mode differentiation raise.
+    once, in x's dtype; what lies between qkv and y is float32, and y is rounded once; the triton backend also stores,
+    and rounds, the attention's result. The cpu backend gives the same bits from run to run, at any thread count, in any
+    layout and with or without gradients. Backward saves x, qkv and a [B, heads * (1 + S), D + 1, D] state, or x alone;
+    a second differentiation and forward-mode differentiation raise.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
