@@ -148,7 +148,6 @@ def grad_state_kernel(
         out_offsets = token_offsets(o_n, width, stride_out_h, stride_out_w, OUT_FLAT)[None, :]
         p = p_out + o_r[:, None].to(tl.int64) * stride_out_c + out_offsets
         own_num = rounded(load(p, (o_r < D)[:, None] & m_n).to(tl.float32) / den, PRECISION)  # [R, N]
-        grad_kv = tl.dot(own_num, tl.trans(operand(q, PRECISION)), grad_kv, input_precision=PRECISION)
         grad_q = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
         for c in range(0, D, BLOCK_R):
             grad_num = own_num
@@ -162,6 +161,7 @@ def grad_state_kernel(
             grad_q = tl.dot(tl.trans(high), grad_num, grad_q, input_precision=PRECISION)  # [D, N]
             if TWO_PARTS:
                 grad_q = tl.dot(tl.trans(low), grad_num, grad_q, input_precision=PRECISION)
+        grad_kv = tl.dot(own_num, tl.trans(operand(q, PRECISION)), grad_kv, input_precision=PRECISION)
         if ROW_BLOCKS > 1:
             z = last_rows_sum(p_state, o_d, 1, D)
         grad_den = -tl.sum(q_wide * grad_q, axis=0)[None, :] / den
