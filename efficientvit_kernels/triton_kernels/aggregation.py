@@ -57,6 +57,7 @@ def depthwise_rows(
     p_x and p_weight point at the channel that o_d counts from. Negative strides, from the last tap on, flip the weight.
     """
     p_tap = p_weight + o_d.to(tl.int64) * stride_wc
+    p_first = _row_above(p_x, stride_c, stride_h, o_d, rows, K)
     acc = zero_rows(o_d.shape[0], cols.shape[0], ROWS)
     for dx in range(K):
         o_w = cols + (dx - K // 2)
@@ -65,11 +66,12 @@ def depthwise_rows(
             taps = ()
             for dy in tl.static_range(K):
                 taps = taps + (load(p_tap + dy * stride_wh + dx * stride_ww, m_d).to(tl.float32)[:, None],)
+            p = p_first + o_w.to(tl.int64)[None, :] * stride_w
             for i in tl.static_range(ROWS + K - 1):
                 o_h = rows + (i - K // 2)
                 m_n = m_w & (o_h >= 0) & (o_h < height)
-                x = load_pixels(p_x, stride_c, stride_h, stride_w, o_d, m_d, o_h, o_w, m_n)
-                acc = _add_row_of_window(acc, x.to(tl.float32), taps, i)
+                acc = _add_row_of_window(acc, load(p, m_d[:, None] & m_n[None, :]).to(tl.float32), taps, i)
+                p += stride_h
         else:
             for dy in range(K):
                 tap = load(p_tap + dy * stride_wh + dx * stride_ww, m_d).to(tl.float32)[:, None]
@@ -81,6 +83,15 @@ def depthwise_rows(
                     sums = sums + (acc[r] + tap * x.to(tl.float32),)
                 acc = sums
     return acc
+
+
+@triton.jit
+def _row_above(p_x, stride_c, stride_h, o_d, rows, K: tl.constexpr):
+    """Addresses [channels, T] of the first row of the window, column 0.
+
+    From there one row after the other: an offset for each would stay in registers for all columns of the window.
+    """
+    return p_x + (o_d.to(tl.int64) * stride_c)[:, None] + ((rows - K // 2).to(tl.int64) * stride_h)[None, :]
 
 
 @triton.jit
@@ -236,6 +247,7 @@ def depthwise_both_ways(
     """
     p_tap = p_weight + o_c.to(tl.int64) * stride_wc
     m_lane = (rows < height) & (cols < width)
+    p_first = _row_above(p_x, stride_c, stride_h, o_c, rows, K)
     acc = zero_rows(o_c.shape[0], cols.shape[0], ROWS)
     for dx in range(K):
         o_w = cols + (dx - K // 2)
@@ -246,10 +258,12 @@ def depthwise_both_ways(
             taps = taps + (load(p_tap + dy * stride_wh + dx * stride_ww, m_c).to(tl.float32)[:, None],)
         for tap in tl.static_range(K, K * K):
             others = others + (grads[tap],)
+        p = p_first + o_w.to(tl.int64)[None, :] * stride_w
         for i in tl.static_range(ROWS + K - 1):
             o_h = rows + (i - K // 2)
             m_n = m_w & (o_h >= 0) & (o_h < height)
-            x = load_pixels(p_x, stride_c, stride_h, stride_w, o_c, m_c, o_h, o_w, m_n).to(tl.float32)
+            x = load(p, m_c[:, None] & m_n[None, :]).to(tl.float32)
+            p += stride_h
             acc = _add_row_of_window(acc, x, taps, i)
             column = _add_middle_times_row(column, middle, x, rows, height, i, EVEN)
         grads = others + column
