@@ -323,7 +323,7 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("unknown backend", lambda: accelerate(own_model(), "gpu"), ValueError, "accelerate: backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'gpu'"),
     ("backend of a wrong type", lambda: accelerate(own_model(), None), ValueError, "accelerate: backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got None"),  # type: ignore[arg-type]
     ("recompute", lambda: accelerate(own_model(), recompute="yes"), TypeError, "accelerate: recompute must be a bool, got str"),  # type: ignore[arg-type]
-    ("triton", lambda: accelerate(own_model(), "triton"), NotImplementedError, "accelerate: backend must be one that can run here, got 'triton'"),
+    ("cuda", lambda: accelerate(own_model(), "cuda"), NotImplementedError, "accelerate: backend must be one that can run here, got 'cuda'"),
     ("cuda", lambda: accelerate(own_model(), "cuda"), NotImplementedError, "accelerate: backend must be one that can run here, got 'cuda'"),
     ("restore of a fused one", lambda: restore(accelerated()[1]), ValueError, "restore: model must be the model that was accelerated, got one of its fused modules"),
 ]  # fmt: skip
@@ -358,7 +358,7 @@ def test_nothing_changes_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MemoryError):
         accelerate(model)
     assert all(module is before[name] for name, module in model.named_modules())
-    for backend in ("gpu", "triton"):
+    for backend in ("gpu", "cuda"):
         with pytest.raises((ValueError, NotImplementedError)):
             accelerate(model, backend)
     assert all(module is before[name] for name, module in model.named_modules())

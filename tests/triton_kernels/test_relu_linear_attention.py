@@ -55,7 +55,7 @@ def test_rule_t_of_all_small_samples(sample: Sample, dtype: torch.dtype) -> None
 def test_median_error_meets_the_target(dtype: torch.dtype, forward: float, backward: float) -> None:
     """T2: the median over samples of our error against the official formula's."""
     ratios: dict[str, list[float]] = {"out": [], "grad": []}
-    for sample in SMALL[1::4]:
+    for sample in SMALL[1::3]:
         if sample.tokens > sample.head_dim:
             for name, verdict in judge(sample.make(dtype), sample.head_dim, sample.eps, "triton").items():
                 ratios["out" if name == "out" else "grad"].append(verdict.ratio)
