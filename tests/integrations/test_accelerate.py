@@ -324,7 +324,6 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("backend of a wrong type", lambda: accelerate(own_model(), None), ValueError, "accelerate: backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got None"),  # type: ignore[arg-type]
     ("recompute", lambda: accelerate(own_model(), recompute="yes"), TypeError, "accelerate: recompute must be a bool, got str"),  # type: ignore[arg-type]
     ("cuda", lambda: accelerate(own_model(), "cuda"), NotImplementedError, "accelerate: backend must be one that can run here, got 'cuda'"),
-    ("cuda", lambda: accelerate(own_model(), "cuda"), NotImplementedError, "accelerate: backend must be one that can run here, got 'cuda'"),
     ("restore of a fused one", lambda: restore(accelerated()[1]), ValueError, "restore: model must be the model that was accelerated, got one of its fused modules"),
 ]  # fmt: skip
 
