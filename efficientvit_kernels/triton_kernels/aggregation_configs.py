@@ -56,8 +56,8 @@ def forward_config(head_dim: int, height: int, width: int, ieee: bool) -> Aggreg
     bands, cols = _lanes(width, 16)
     block = block_of(head_dim)
     if block > 64:
-        return AggregationConfig(2, bands, cols, 32, 128, 8)
-    rows = _rows(height, bands) if block <= 32 else 4
+        return AggregationConfig(_few(2, height, bands), bands, cols, 32, 128, 8)
+    rows = _rows(height, bands) if block <= 32 else _few(4, height, bands)
     many = block > 32 or (block == 32 and (rows > 4 or ieee))
     return AggregationConfig(rows, bands, cols, block, block, 8 if many else 4)
 
@@ -67,32 +67,35 @@ def gradients_fit(head_dim: int, k: int, ieee: bool) -> bool:
     return k <= 5 and block_of(head_dim) <= (32 if ieee else 64)
 
 
-def gradients_config(head_dim: int, k: int, width: int) -> AggregationConfig:
+def gradients_config(head_dim: int, k: int, height: int, width: int) -> AggregationConfig:
     """Of everything at once, where `gradients_fit`."""
     bands, cols = _lanes(width, 16)
     block = block_of(head_dim)
-    return AggregationConfig(4, bands, cols, min(block, 32) if block < 64 else 16, block, 4 if block * k < 80 else 8)
+    block_c = block if block <= 32 else 16
+    return AggregationConfig(_few(4, height, bands), bands, cols, block_c, block, 8 if k == 5 or block > 32 else 4)
 
 
-def middle_config(head_dim: int, width: int) -> AggregationConfig:
+def middle_config(head_dim: int, height: int, width: int) -> AggregationConfig:
     bands, cols = _lanes(width, 16)
-    return AggregationConfig(4, bands, cols, min(block_of(head_dim), 32), min(block_of(head_dim), 64), 4)
+    block = block_of(head_dim)
+    return AggregationConfig(_few(4, height, bands), bands, cols, min(block, 32), min(block, 64), 4)
 
 
-def grad_pointwise_config(head_dim: int, width: int) -> AggregationConfig:
+def grad_pointwise_config(head_dim: int, height: int, width: int) -> AggregationConfig:
     bands, cols = _lanes(width, 16)
-    return AggregationConfig(2, bands, cols, min(block_of(head_dim), 32), min(block_of(head_dim), 64), 8)
+    block = block_of(head_dim)
+    return AggregationConfig(_few(2, height, bands), bands, cols, min(block, 32), min(block, 64), 8)
 
 
-def grad_taps_config(width: int) -> AggregationConfig:
+def grad_taps_config(height: int, width: int) -> AggregationConfig:
     bands, cols = _lanes(width, 32)
-    return AggregationConfig(4, bands, cols, 16, 16, 4)
+    return AggregationConfig(_few(4, height, bands), bands, cols, 16, 16, 4)
 
 
 def grad_qkv_config(height: int, width: int, channels_last: bool) -> AggregationConfig:
-    bands, cols = _lanes(width, 16 if channels_last else 32)
-    rows = _rows(height, bands)
-    return AggregationConfig(rows, bands, cols, 512 // (bands * cols), 16, 8 if rows > 4 else 4)
+    lanes = 16 if channels_last else 32
+    bands, cols = _lanes(width, lanes)
+    return AggregationConfig(_rows(height, bands), bands, cols, 512 // lanes, 16, 4)
 
 
 def _lanes(width: int, lanes: int) -> tuple[int, int]:
@@ -101,8 +104,13 @@ def _lanes(width: int, lanes: int) -> tuple[int, int]:
     return lanes // cols, cols
 
 
+def _few(rows: int, height: int, bands: int) -> int:
+    """At most `rows` rows per lane, and no more than the image fills."""
+    return min(rows, -(-height // bands))
+
+
 def _rows(height: int, bands: int) -> int:
     """Rows per lane: many where the image has many, and a divisor of 14 and 28, the heights of classification."""
     if bands > 1 or height < 14:
-        return 4
+        return _few(4, height, bands)
     return 7 if height % 7 == 0 and height % 8 != 0 else 8 if height >= 32 else 4

@@ -294,7 +294,7 @@ class _Gradients:
         self, grad_out: Tensor, qkv: Tensor, depthwise: Tensor, pointwise: Tensor, bias: Tensor | None, head_dim: int
     ) -> None:
         self.grad_out, self.qkv, self.depthwise, self.pointwise, self.bias = grad_out, qkv, depthwise, pointwise, bias
-        self.head_dim, self.k, self.width = head_dim, depthwise.shape[-1], qkv.shape[3]
+        self.head_dim, self.k, self.size = head_dim, depthwise.shape[-1], qkv.shape[2:]
         self.precision = product_precision(qkv.dtype)
 
     def compute(self, needs_middle: bool, weights: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -302,14 +302,14 @@ class _Gradients:
         dim, k, middle = self.head_dim, self.k, empty_image(self.qkv, self.qkv.shape[1])
         if weights is None:
             if needs_middle:
-                self._launch(middle_config(dim, self.width), middle)
+                self._launch(middle_config(dim, *self.size), middle)
         elif gradients_fit(dim, k, self.precision == "ieee"):
-            config = gradients_config(dim, k, self.width)
+            config = gradients_config(dim, k, *self.size)
             sums = self._launch(config, middle if needs_middle else None, pointwise=True, taps=True)
             _store(weights, sums[:, :dim], sums[:, dim:])
         else:
-            self._launch(middle_config(dim, self.width), middle)
-            sums = self._launch(grad_pointwise_config(dim, self.width), None, pointwise=True)
+            self._launch(middle_config(dim, *self.size), middle)
+            sums = self._launch(grad_pointwise_config(dim, *self.size), None, pointwise=True)
             _store(weights, sums, _grad_taps(middle, self.qkv, k))
         return middle
 
@@ -359,7 +359,7 @@ def _store(weights: tuple[Tensor, Tensor], grad_pointwise: Tensor, grad_taps: Te
 
 def _grad_taps(middle: Tensor, qkv: Tensor, k: int) -> Tensor:
     batch, channels, height, width = qkv.shape
-    tiling = Tiling(grad_taps_config(width), height, width)
+    tiling = Tiling(grad_taps_config(height, width), height, width)
     blocks = -(-channels // tiling.block_c)
     tasks, per_program, programs = tiling.runs(batch, blocks)
     partials = qkv.new_empty((programs, channels, k * k), dtype=torch.float32)
