@@ -69,10 +69,10 @@ def gradients_fit(head_dim: int, k: int, ieee: bool) -> bool:
 
 def gradients_config(head_dim: int, k: int, height: int, width: int) -> AggregationConfig:
     """Of everything at once, where `gradients_fit`."""
-    bands, cols = _lanes(width, 16)
     block = block_of(head_dim)
-    block_c = block if block <= 32 else 16
-    return AggregationConfig(_few(4, height, bands), bands, cols, block_c, block, 8 if k == 5 or block > 32 else 4)
+    bands, cols = _lanes(width, 32 if block == 16 and k == 5 else 16)
+    rows = _few(2 if k < 5 and bands > 1 else 4, height, bands)
+    return AggregationConfig(rows, bands, cols, block if block <= 32 else 16, block, 8)
 
 
 def middle_config(head_dim: int, height: int, width: int) -> AggregationConfig:
@@ -92,10 +92,9 @@ def grad_taps_config(height: int, width: int) -> AggregationConfig:
     return AggregationConfig(_few(4, height, bands), bands, cols, 16, 16, 4)
 
 
-def grad_qkv_config(height: int, width: int, channels_last: bool) -> AggregationConfig:
-    lanes = 16 if channels_last else 32
-    bands, cols = _lanes(width, lanes)
-    return AggregationConfig(_rows(height, bands), bands, cols, 512 // lanes, 16, 4)
+def grad_qkv_config(height: int, width: int) -> AggregationConfig:
+    bands, cols = _lanes(width, 32)
+    return AggregationConfig(_rows(height, bands), bands, cols, 16, 16, 4)
 
 
 def _lanes(width: int, lanes: int) -> tuple[int, int]:

@@ -386,7 +386,7 @@ def _store_grad_biases(grad_out: Tensor, pointwise: Tensor, grad_depthwise: Tens
 def _grad_qkv(middle: Tensor, depthwise: Tensor, addend: Tensor | None, to: Tensor) -> None:
     batch, channels, height, width = to.shape
     k = depthwise.shape[-1]
-    tiling = Tiling(grad_qkv_config(height, width, to.stride(1) == 1), height, width)
+    tiling = Tiling(grad_qkv_config(height, width), height, width)
     blocks = -(-channels // tiling.block_c)
     added = to if addend is None else addend
     launch(

@@ -5,8 +5,6 @@ In the interpreter where there is no GPU, hence few and small samples.
 
 from __future__ import annotations
 
-from itertools import product
-
 import pytest
 import torch
 from torch import Tensor
@@ -23,16 +21,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = [torch.float32, *HALF]
 inf, nan = float("inf"), float("nan")
 FUSED = [  # gradients in one launch
-    Sample(1, 1, 16, 7, 7, (3,)),  # two bands of lanes
-    Sample(1, 1, 5, 6, 5, (5,), "channels_last", biases=True),
-    Sample(2, 1, 8, 3, 9, (1, 3), "sliced"),
-    Sample(1, 1, 1, 3, 18, (5,), "transposed"),  # two tiles side by side
-    Sample(1, 1, 4, 14, 9, (3,), "permuted"),  # seven rows per lane
-    Sample(1, 1, 4, 35, 9, (3,), "expanded"),  # eight, the last of which reach beyond the image
+    Sample(1, 1, 16, 7, 7, (3,)),  # bands of lanes
+    Sample(1, 1, 5, 3, 5, (5,), "channels_last", biases=True),
+    Sample(2, 1, 8, 2, 3, (1, 3), "sliced"),
+    Sample(1, 1, 1, 2, 18, (3,), "transposed"),  # two tiles side by side
+    Sample(1, 1, 4, 14, 9, (1,), "permuted"),  # seven rows per lane
+    Sample(1, 1, 4, 33, 9, (1,), "expanded"),  # eight, the last of which reach beyond the image
 ]
 SPLIT = [  # gradients one by one: a large kernel, or wide heads
-    Sample(1, 1, 3, 4, 3, (7,), "channels_last", biases=True),
-    Sample(1, 1, 2, 2, 3, (9,), "transposed"),
+    Sample(1, 1, 3, 2, 3, (7,), "channels_last", biases=True),
+    Sample(1, 1, 2, 2, 2, (9,), "transposed"),
     Sample(1, 1, 33, 2, 3, (3,)),
     Sample(1, 1, 72, 2, 3, (3,), biases=True),  # several blocks of channels
 ]
@@ -77,9 +75,9 @@ def integers(sample: Sample, dtype: torch.dtype) -> Arguments:
 @pytest.mark.parametrize(
     ("sample", "dtype"),
     [
-        (Sample(1, 1, 8, 5, 9, (5,), biases=True), torch.bfloat16),
-        (Sample(2, 1, 4, 4, 3, (3,)), torch.float16),
-        (Sample(1, 1, 33, 3, 3, (3,)), torch.float32),
+        (Sample(1, 1, 8, 3, 4, (5,), biases=True), torch.bfloat16),
+        (Sample(2, 1, 4, 2, 3, (3,)), torch.float16),
+        (Sample(1, 1, 33, 2, 2, (3,)), torch.float32),
     ],
     ids=str,
 )
@@ -116,12 +114,13 @@ def assert_same_kinds(found: Arguments, expected: Arguments) -> None:
 @pytest.mark.parametrize(
     ("value", "dtype", "sample", "place"),
     [
-        (nan, torch.float32, Sample(1, 1, 2, 6, 5, (3,), biases=True), (5, 1)),  # rows of a lane beyond the image
-        (inf, torch.float16, Sample(1, 1, 2, 4, 17, (3,)), (1, 15)),
+        (nan, torch.float32, Sample(1, 1, 2, 5, 9, (3,), biases=True), (4, 1)),  # rows of a lane beyond the image
+        (inf, torch.float16, Sample(1, 1, 2, 2, 17, (3,)), (1, 15)),
         (-inf, torch.bfloat16, Sample(1, 1, 2, 2, 3, (7,)), (0, 2)),
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # from the interpreter's products
 def test_special_values_reach_what_they_touch(
     value: float, dtype: torch.dtype, sample: Sample, place: tuple[int, int]
 ) -> None:
@@ -136,26 +135,29 @@ def test_special_values_reach_what_they_touch(
 
 @pytest.mark.parametrize("k", [3, 7])
 def test_nan_in_grad_out(k: int) -> None:
-    """It reaches the k x k pixels around it in its group, all weights of its group and its row of P's gradient."""
-    arguments = Sample(1, 1, 2, 9, 8, (k,), biases=True).make(torch.float32)
+    """It reaches the k x k pixels around it in its group, the weights of its group and its row of P's gradient."""
+    arguments = Sample(1, 1, 2, 3, 7, (k,), biases=True).make(torch.float32)
     parameters = [arguments[name] for name in ("depthwise_weights", "pointwise_weights", "depthwise_biases")]
     grad_out = torch.ones_like(arguments["qkv"])
-    grad_out[0, 3, 4, 4] = nan
+    grad_out[0, 3, 1, 5] = nan
     names = ("qkv", "depthwise", "pointwise", "depthwise_bias", "pointwise_bias")
     found = multiscale_aggregate_bwd([grad_out], arguments["qkv"], *parameters, 2, True, True, True)
     grads = dict(zip(names, found, strict=True))
-    reached = torch.zeros(1, 6, 9, 8, dtype=torch.bool)
-    reached[0, 2:4, max(0, 4 - k // 2) : 5 + k // 2, max(0, 4 - k // 2) : 5 + k // 2] = True
+    reached = torch.zeros(1, 6, 3, 7, dtype=torch.bool)
+    reached[0, 2:4, :, 5 - k // 2 :] = True
     assert torch.equal(grads["qkv"].isnan(), reached)
-    for name, first in (("depthwise", 2), ("depthwise_bias", 2), ("pointwise", 3), ("pointwise_bias", 3)):
-        assert grads[name].isnan()[first:4].all(), name
-        assert not grads[name].isnan()[:first].any(), name
-        assert not grads[name].isnan()[4:].any(), name
+    for name, channels in (
+        ("depthwise", (2, 3)),
+        ("depthwise_bias", (2, 3)),
+        ("pointwise", (3,)),
+        ("pointwise_bias", (3,)),
+    ):
+        assert [c for c in range(6) if grads[name][c].isnan().any()] == list(channels), name
 
 
 def test_layouts_and_repeats_give_equal_bits() -> None:
     """Two runs are bit-equal. So are layouts in the interpreter; a GPU may order the terms of a product by layout."""
-    arguments = Sample(2, 1, 4, 3, 9, (3,)).make(torch.bfloat16)
+    arguments = Sample(1, 1, 4, 2, 5, (3,)).make(torch.bfloat16)
     expected = run(arguments, "triton")
     layouts = ("nchw", "channels_last", "sliced") if device_of("triton") == "cpu" else ("nchw",)
     for layout in layouts:
@@ -174,14 +176,19 @@ def test_weights_of_any_strides() -> None:
         view = big[tuple(slice(1, None, 2) for _ in tensor.shape)].permute(*reversed(range(tensor.dim())))
         return view.copy_(tensor)
 
-    arguments = Sample(1, 1, 4, 4, 5, (3,), biases=True).make(torch.float32)
+    arguments = Sample(1, 1, 4, 2, 3, (3,), biases=True).make(torch.float32)
     assert_equal_bits(run(mapped(arguments, strided), "triton"), run(arguments, "triton"))
 
 
-@pytest.mark.parametrize(("programs", "k"), [(6, 3), (1, 5), (1, 7)])
-def test_programs_that_take_several_tiles_and_images(programs: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("programs", "sample"),
+    [(6, Sample(3, 1, 2, 2, 3, (3,))), (1, Sample(2, 1, 2, 1, 34, (1,))), (1, Sample(2, 1, 2, 2, 3, (7,)))],
+    ids=str,
+)
+def test_programs_that_take_several_tiles_and_images(
+    programs: int, sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Otherwise only large images have them: the sums over a run of tiles, the last run shorter."""
-    sample = Sample(3, 1, 4, 5, 18, (k,))
     monkeypatch.setattr(aggregation_configs, "SUMMING_PROGRAMS", programs)
     check(sample, torch.float32)
 
@@ -193,13 +200,14 @@ def backward(sample: Sample, needs: tuple[bool, bool, bool], addend: Tensor | No
     return multiscale_aggregate_bwd(grad_outs, arguments["qkv"], *lists, sample.head_dim, *needs, addend)
 
 
-def test_only_what_is_needed() -> None:
+@pytest.mark.parametrize("k", [1, 7])
+def test_only_what_is_needed(k: int) -> None:
     """Each subset of the gradients has the bits that it has among all of them."""
-    sample = Sample(1, 1, 2, 3, 4, (3, 7), biases=True)
+    sample = Sample(1, 1, 2, 1, 2, (k,), biases=True)
     everything = backward(sample, (True, True, True))
-    parts = {"qkv": everything[:1], "weights": everything[1:5], "biases": everything[5:]}
-    assert len(everything) == 9
-    for needs in product((False, True), repeat=3):
+    parts = {"qkv": everything[:1], "weights": everything[1:3], "biases": everything[3:]}
+    assert len(everything) == 5
+    for needs in ((True, False, False), (False, True, False), (False, False, True), (False, True, True)):
         expected = [grad for part, needed in zip(parts.values(), needs, strict=True) if needed for grad in part]
         found = backward(sample, needs)
         assert len(found) == len(expected)
@@ -209,8 +217,8 @@ def test_only_what_is_needed() -> None:
 @pytest.mark.parametrize("kernels", [(), (3,), (3, 1)], ids=str)
 def test_addend(kernels: tuple[int, ...]) -> None:
     """A gradient from elsewhere, in any layout, added before grad_qkv is rounded."""
-    sample = Sample(1, 1, 2, 3, 4, kernels, biases=True)
-    addend = torch.randint(-8, 9, (1, 6, 4, 3)).float().transpose(2, 3)
+    sample = Sample(1, 1, 2, 2, 3, kernels, biases=True)
+    addend = torch.randint(-8, 9, (1, 6, 3, 2)).float().transpose(2, 3)
     plain, found = backward(sample, (True, False, False)), backward(sample, (True, False, False), addend)
     assert torch.allclose(found[0], plain[0] + addend, rtol=1e-6, atol=1e-5)
     assert not torch.equal(found[0], plain[0])
@@ -230,7 +238,7 @@ def test_empty_inputs(shape: tuple[int, int, int]) -> None:
 
 def test_large_magnitudes() -> None:
     """E4: nothing is stored in 16 bits between the two convolutions, where 3e4 * 9 would overflow."""
-    arguments = Sample(1, 1, 4, 5, 5, (3,)).make(torch.float16)
+    arguments = Sample(1, 1, 4, 3, 3, (3,)).make(torch.float16)
     for name, value in (("qkv", 3e4), ("depthwise_weights", 1.0), ("pointwise_weights", 2**-7)):
         for tensor in arguments[name] if isinstance(arguments[name], list) else [arguments[name]]:
             tensor.fill_(value)
