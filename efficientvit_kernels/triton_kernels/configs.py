@@ -45,7 +45,7 @@ _Row = tuple[float, int, int, int, int] | tuple[float, int, int, int, int, int]
 _ATTENTION: dict[tuple[str, str, int], tuple[_Row, ...]] = {
     ("kv_state", "half", 16): ((256, 64, 16, 4, 2), (inf, 128, 16, 4, 3)),
     ("kv_state", "half", 32): ((256, 32, 32, 4, 3), (inf, 64, 32, 4, 3)),
-    ("kv_state", "half", 64): ((inf, 64, 64, 4, 2),),
+    ("kv_state", "half", 64): ((inf, 64, 64, 8, 3, 128),),
     ("kv_state", "half", 128): ((inf, 32, 64, 8, 2),),
     ("kv_state", "half", 256): ((inf, 32, 32, 8, 2),),
     ("kv_state", "tf32", 16): ((256, 32, 16, 4, 3), (inf, 64, 16, 4, 3)),

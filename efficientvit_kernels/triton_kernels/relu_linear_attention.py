@@ -164,6 +164,9 @@ def grad_state_kernel(
         grad_kv = tl.dot(own_num, tl.trans(operand(q, PRECISION)), grad_kv, input_precision=PRECISION)
         if ROW_BLOCKS > 1:
             z = last_rows_sum(p_state, o_d, 1, D)
+            if D < BLOCK_D:  # as does q, beside the masks of what is padded
+                p = p_q[:, None] + token_offsets(o_n, width, stride_h, stride_w, FLAT)[None, :]
+                q_wide = relu(tl.load(p, mask=m_d, other=0.0, volatile=True).to(tl.float32))
         grad_den = -tl.sum(q_wide * grad_q, axis=0)[None, :] / den
         grad_z += tl.sum(q_wide * grad_den, axis=1)
         grad_q = tl.where(q_wide <= 0, 0.0, grad_q + z[:, None] * grad_den)
