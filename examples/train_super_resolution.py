@@ -6,17 +6,23 @@
 
 Without --data: the left three quarters of scikit-learn's two photographs are trained on. Tested are their right
 quarters, matplotlib's one, and those of scikit-image where it is installed. The small images are made of the large ones
-by bicubic reduction (a = -0.5, with antialiasing) and rounding to 8 bits.
+by bicubic reduction (a = -0.5, with antialiasing) and rounding to 8 bits. Bicubic enlargement is measured with a = -0.5
+(Pillow, MATLAB) and with a = -0.75 (torch, OpenCV); the report names the stronger one.
+
+--report also measures the latency, and beside it that of Restormer where the package spandrel-extra-arches is installed
+(some of its architectures have non-commercial licences; nothing of it is part of this package).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import shlex
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +39,17 @@ from efficientvit_kernels.models.super_resolution import SCALE, bicubic
 from efficientvit_kernels.training import Ranks, Settings, Trainer, luma, psnr, ssim, start_ranks
 from efficientvit_kernels.training.settings import add_arguments
 
+# Of the model and of two bicubic interpolations; one name per column of `table`.
+COLUMNS = tuple(f"{who}{what}" for who in ("", "bicubic_a0.5_", "bicubic_a0.75_") for what in ("psnr", "ssim"))
+LATENCY_SIZES = ((160, 240), (512, 512))  # of the small image, as in the paper
+LATENCY_CALLS = 6
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 TRAIN = {"sklearn": ["datasets/images/china.jpg", "datasets/images/flower.jpg"]}
 TEST = {
     "matplotlib": ["mpl-data/sample_data/grace_hopper.jpg"],
     "skimage": [f"data/{name}" for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")],
 }
+PHOTO_PACKAGES = ("scikit-learn", "matplotlib", "scikit-image")
 # Figures of the paper (arXiv 2205.14756), for orientation: other images, and an NVIDIA A100 with TensorRT in fp16.
 PAPER = {
     "source": "arXiv 2205.14756; latency on an A100 with TensorRT fp16, batch 1; not comparable with a CPU's",
@@ -142,7 +153,7 @@ def quality(enlarged: Tensor, photo: Tensor) -> list[float]:
 
 def table(model: nn.Module, photos: dict[str, Tensor], ranks: Ranks) -> dict[str, list[float]]:
     """Per photograph PSNR and SSIM of the model, then of bicubic interpolation with a = -0.5 and with a = -0.75."""
-    rows = torch.zeros(len(photos), 6, dtype=torch.float64, device=ranks.device)
+    rows = torch.zeros(len(photos), len(COLUMNS), dtype=torch.float64, device=ranks.device)
     for i, photo in enumerate(photos.values()):
         if i % ranks.world != ranks.rank:
             continue
@@ -155,51 +166,84 @@ def table(model: nn.Module, photos: dict[str, Tensor], ranks: Ranks) -> dict[str
 
 
 def means(rows: dict[str, list[float]]) -> dict[str, float]:
-    columns = ("psnr", "ssim", "bicubic_psnr", "bicubic_ssim")
-    return {name: sum(row[i] for row in rows.values()) / len(rows) for i, name in enumerate(columns)}
+    return {name: sum(row[i] for row in rows.values()) / len(rows) for i, name in enumerate(COLUMNS)}
 
 
-def latency(name: str, attention: str, height: int, width: int) -> dict[str, Any]:
-    """The least of 6 calls, float32 and channels_last; multiply-accumulates of convolutions and matrix products."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        create_model(name, attention="reference").eval()(torch.empty(1, 3, height, width))
-    model = create_model(name, attention=attention).eval().to(memory_format=torch.channels_last)
-    x = torch.rand(1, 3, height, width).to(memory_format=torch.channels_last)
-    times = []
-    with torch.inference_mode():
-        for _ in range(6):
-            start = time.perf_counter()
-            model(x)
-            times.append(time.perf_counter() - start)
-    macs = counter.get_total_flops() / 2e9
-    return {
-        "ms": round(1e3 * min(times), 1),
-        "gmacs": round(macs, 2),
-        "threads": torch.get_num_threads(),
-        "least_of": 6,
-    }
+def stronger_bicubic(found: dict[str, float]) -> str:
+    """The kernel with the higher mean PSNR: "a0.5" or "a0.75"."""
+    return max(("a0.5", "a0.75"), key=lambda kernel: found[f"bicubic_{kernel}_psnr"])
+
+
+def restormer() -> tuple[nn.Module | None, str]:
+    """Restormer with random weights, and where it is from; None, and why it is not measured."""
+    package = "spandrel_extra_arches"
+    if importlib.util.find_spec(package) is None:
+        return None, "not measured: the package spandrel-extra-arches is not installed"
+    model: nn.Module = importlib.import_module(f"{package}.architectures.Restormer").Restormer()
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    return model, f"spandrel-extra-arches {version('spandrel-extra-arches')}, {parameters:.1f} M parameters"
+
+
+def macs(model: nn.Module, height: int, width: int) -> float:
+    """Multiply-accumulates of convolutions and matrix products, in 1e9."""
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.zeros(1, 3, height, width))
+    return counter.get_total_flops() / 2e9
+
+
+def latency(name: str, attention: str) -> dict[str, Any]:
+    """The least of a few calls per size, ours and Restormer's in turns, float32 and channels_last.
+
+    Restormer keeps the size of its input. It gets the small image, the cheapest way to enlarge with it: what would have
+    to follow, at the large size, is not counted.
+    """
+    other, source = restormer()
+    models = {name: create_model(name, attention=attention)} | ({"Restormer": other} if other is not None else {})
+    models = {key: model.eval().to(memory_format=torch.channels_last) for key, model in models.items()}
+    counted = {**models, name: create_model(name, attention="reference").eval()}
+    sizes = {}
+    for height, width in LATENCY_SIZES:
+        x = torch.rand(1, 3, height, width).to(memory_format=torch.channels_last)
+        times: dict[str, list[float]] = {key: [] for key in models}
+        with torch.inference_mode():
+            for _ in range(LATENCY_CALLS):
+                for key, model in models.items():
+                    start = time.perf_counter()
+                    model(x)
+                    times[key].append(1e3 * (time.perf_counter() - start))
+        sizes[f"{height}x{width} -> {SCALE * height}x{SCALE * width}"] = {
+            key: {"ms": _rounded(min(values)), "gmacs": _rounded(macs(counted[key], height, width))}
+            for key, values in times.items()
+        }
+    how = {"threads": torch.get_num_threads(), "least_of": LATENCY_CALLS, "layout": "channels_last"}
+    return {**how, "Restormer": source, "sizes": sizes}
 
 
 def write_report(path: Path, options: argparse.Namespace, steps: int, seconds: float, rows: dict[str, Any]) -> None:
     """What was run, on what, and what came of it."""
-    columns = ["psnr", "ssim", "bicubic_psnr", "bicubic_ssim", "bicubic_a0.75_psnr", "bicubic_a0.75_ssim"]
+    found = means(rows)
     content = {
         "command": shlex.join(["python", *sys.argv]),
-        "environment": info().as_dict(),
+        "environment": info().as_dict() | {"photographs": {name: _installed(name) for name in PHOTO_PACKAGES}},
         "model": f"{options.model}: this package's own design, not the authors' model",
         "parameters": sum(p.numel() for p in create_model(options.model).parameters()),
         "steps_of_this_call": steps,
         "seconds_of_this_call": round(seconds),
-        "held_out": {name: dict(zip(columns, map(_rounded, row), strict=True)) for name, row in rows.items()},
-        "means": {name: _rounded(value) for name, value in means(rows).items()},
-        "cpu_latency": {
-            f"{h}x{w} -> {SCALE * h}x{SCALE * w}": latency(options.model, options.attention, h, w)
-            for h, w in ((160, 240), (512, 512))
-        },
+        "held_out": {name: dict(zip(COLUMNS, map(_rounded, row), strict=True)) for name, row in rows.items()},
+        "means": {name: _rounded(value) for name, value in found.items()},
+        "stronger_bicubic": stronger_bicubic(found),
+        "cpu_latency": latency(options.model, options.attention),
         "published": PAPER,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _rounded(value: float) -> float:

@@ -171,7 +171,8 @@ def test_photographs_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "matplotlib: grace_hopper.jpg" in tests
     for i in range(2):
         write_picture(tmp_path / "photos" / f"{i}.png", 41, 52, i)
-    monkeypatch.setattr(module, "latency", lambda *arguments: {"ms": 1.0})
+    monkeypatch.setattr(module, "LATENCY_SIZES", ((9, 10),))
+    monkeypatch.setattr(module, "restormer", lambda: (nn.Conv2d(3, 3, 3, padding=1), "stands in"))
     folder, report = str(tmp_path / "photos"), tmp_path / "report.json"
     arguments = ["--data", folder, "--test", folder, "--report", str(report), *SMALL["super_resolution"]]
     found = run(module, tmp_path / "out", monkeypatch, *arguments, "--steps", "1")
@@ -179,3 +180,23 @@ def test_photographs_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert content["means"]["psnr"] == pytest.approx(found["eval psnr"][0], abs=1e-3)
     assert content["steps_of_this_call"] == 1
     assert set(content["held_out"]) == {"0.png", "1.png"}
+    stronger = max(content["means"][f"bicubic_{kernel}_psnr"] for kernel in ("a0.5", "a0.75"))
+    assert content["means"][f"bicubic_{content['stronger_bicubic']}_psnr"] == stronger
+    assert "scikit-image" in content["environment"]["photographs"]
+    latency = content["cpu_latency"]
+    assert (latency["least_of"], latency["Restormer"]) == (module.LATENCY_CALLS, "stands in")
+    sizes = latency["sizes"]["9x10 -> 18x20"]
+    assert module.macs(module.restormer()[0], 9, 10) == 3 * 3 * 9 * 90 / 1e9
+    assert set(sizes) == {"efficientvit-sr-w0.75", "Restormer"}
+    assert all(entry["ms"] > 0 for entry in sizes.values())
+
+
+def test_bicubic_columns_are_what_they_say() -> None:
+    """A model that interpolates with a = -0.5 has the figures of that column; a = -0.75 has others."""
+    module = example("super_resolution")
+    photo = torch.rand(3, 48, 64, generator=torch.Generator().manual_seed(0))
+    row = dict(zip(module.COLUMNS, module.table(module.bicubic, {"a": photo}, Ranks())["a"], strict=True))
+    assert (row["psnr"], row["ssim"]) == (row["bicubic_a0.5_psnr"], row["bicubic_a0.5_ssim"])
+    assert row["psnr"] != row["bicubic_a0.75_psnr"]
+    means = {"bicubic_a0.5_psnr": 30.0, "bicubic_a0.75_psnr": 31.0}
+    assert module.stronger_bicubic(means) == "a0.75"
