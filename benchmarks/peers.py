@@ -20,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from benchmarks.providers import LAYOUTS, Dims, Provider, Settings, Step, tensors, torch_provider
 from efficientvit_kernels import LiteMLA
+from efficientvit_kernels.nn.conv import ConvLayer
 from efficientvit_kernels.testing import official_relu_linear_attention
 
 # The exporter takes the official eps for 0 and prunes its addition: NaN wherever relu(q) of a head is 0.
@@ -46,13 +47,17 @@ class OfficialLiteMLA(nn.Module):
 
 
 def fold(module: nn.Module) -> nn.Module:
-    """A copy of an OfficialLiteMLA in eval mode with its norm folded into proj; other modules have nothing to fold."""
+    """A copy with the BatchNorm of every ConvLayer, all in eval mode, folded into its convolution."""
     folded = copy.deepcopy(module)
-    if isinstance(folded, OfficialLiteMLA):
-        assert isinstance(folded.proj.norm, nn.BatchNorm2d)
-        folded.proj.conv = fuse_conv_bn_eval(folded.proj.conv, folded.proj.norm)
-        folded.proj.norm = None
+    for layer in folded.modules():
+        if isinstance(layer, ConvLayer) and isinstance(layer.norm, nn.BatchNorm2d):
+            layer.conv = fuse_conv_bn_eval(layer.conv, layer.norm)
+            layer.norm = None
     return folded
+
+
+def _has_folding(module: nn.Module) -> bool:
+    return any(isinstance(layer, ConvLayer) and isinstance(layer.norm, nn.BatchNorm2d) for layer in module.modules())
 
 
 class CannotRunError(Exception):
@@ -82,7 +87,7 @@ def make_peers(
 def _eager_folded(official: nn.Module, settings: Settings, inputs: list[Dims]) -> Provider:
     if settings.training:
         raise CannotRunError("for inference only")
-    if not isinstance(official, OfficialLiteMLA):
+    if not _has_folding(official):
         raise CannotRunError("nothing to fold in this op")
     return torch_provider(fold(official), settings)
 
@@ -170,19 +175,26 @@ PEERS = ("eager", *MAKERS)
 def exported(
     official: nn.Module, settings: Settings, inputs: list[Dims], build: Callable[[bytes], Provider]
 ) -> Provider:
-    """What `build` makes of the module as an ONNX model, norm folded; the note says what differs from the official."""
+    """What `build` makes of the module as an ONNX model, norms folded; the note says what differs from the official."""
     if settings.training:
         raise CannotRunError("for inference only")
     if settings.dtype != torch.float32:
         raise CannotRunError("exported in float32 only")
     module = fold(official)
-    provider = build(to_onnx(module, inputs))
-    notes = [provider.note, "NCHW inputs"] if provider.note else ["NCHW inputs"]
-    if not all(bool(out.isfinite().all()) for out in tensors(provider.bind([torch.zeros(d) for d in inputs], [])())):
-        module.eps = EXPORTED_EPS  # type: ignore[assignment]
+    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, LiteMLA)]
+    # Of a whole model nobody can say which input would meet the pruned addition in one of its layers.
+    prunes = bool(layers) or not _finite_at_zero(provider := build(to_onnx(module, inputs)), inputs)
+    if prunes:
+        for layer in layers or [module]:
+            layer.eps = EXPORTED_EPS
         provider = build(to_onnx(module, inputs))
-        notes.append(f"eps {EXPORTED_EPS:g}: the export drops the official one")
+    notes = [*([provider.note] if provider.note else []), "NCHW inputs"]
+    notes += [f"eps {EXPORTED_EPS:g}: the export drops the official one"] if prunes else []
     return Provider(provider.bind, "; ".join(notes))
+
+
+def _finite_at_zero(provider: Provider, inputs: list[Dims]) -> bool:
+    return all(bool(out.isfinite().all()) for out in tensors(provider.bind([torch.zeros(d) for d in inputs], [])()))
 
 
 def to_onnx(module: nn.Module, inputs: list[Dims]) -> bytes:

@@ -169,14 +169,18 @@ def write(content: dict[str, Any], output: Path | None) -> None:
     if output is None:
         print("\nNot written: name a file with --output (a whole set with all its peers and rounds needs none).")
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(_rounded(content), indent=1) + "\n")
+    write_json(content, output)
     print(f"\nWritten: {output}")
     if content["summary"]:
         try:
             draw(output.with_suffix(".png"), content)
         except ImportError:
             print("No picture: matplotlib is not installed.")
+
+
+def write_json(content: dict[str, Any], output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(_rounded(content), indent=1) + "\n")
 
 
 def _rounded(value: Any) -> Any:

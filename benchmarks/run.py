@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.memory import peak_bytes, saved_bytes
+from benchmarks.model_run import run_models
 from benchmarks.peers import PEERS
 from benchmarks.providers import Settings, Step, random_tensors, tensors
 from benchmarks.registry import OPS, Op, Workload, make_workload, stage_flops
@@ -38,20 +39,18 @@ PEER_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05,
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """0 when every row was right and ran natively, else 1."""
-    sets, peers = _sets(arguments), _peers(arguments)
     for name in ("threads", "rounds"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"bench: {name} must be positive, got {value}")
+    if arguments.set == "models":
+        return run_models(arguments, facts)
+    if arguments.device != "cpu":
+        raise ValueError(f"bench: device must be cpu for the set {arguments.set}, got {arguments.device}")
+    sets, peers = _sets(arguments), _peers(arguments)
     output = _output(arguments)
     torch.set_num_threads(arguments.threads)
-    content: dict[str, Any] = {
-        "set": arguments.set,
-        "settings": {name: getattr(arguments, name) for name in ("threads", "dtype", "layout")}
-        | {"rounds": arguments.rounds or f"{ROUNDS} or more", "peers": peers},
-        "environment": info().as_dict() | {"peers": {name: _version(name) for name in RUNTIMES}},
-        "commit": commit(),
-        "roofs": measure_roofs(arguments.rounds or ROUNDS),
+    content = facts(arguments, peers, f"{ROUNDS} or more") | {
         "left_out": {name: reason for name, _ in sets if (reason := OPS[name].why_not()) is not None},
         "rows": [],
     }
@@ -71,6 +70,18 @@ def run_bench(arguments: argparse.Namespace) -> int:
     report.print_report(content, arguments.markdown)
     report.write(content, output)
     return 1 if any("failed" in row for row in content["rows"]) else 0
+
+
+def facts(arguments: argparse.Namespace, peers: tuple[str, ...], rounds: str) -> dict[str, Any]:
+    """What was asked for, and on what it runs; `rounds` says how many where the options do not."""
+    return {
+        "set": arguments.set,
+        "settings": {name: getattr(arguments, name) for name in ("threads", "dtype", "layout")}
+        | {"rounds": arguments.rounds or rounds, "peers": peers},
+        "environment": info().as_dict() | {"peers": {name: _version(name) for name in RUNTIMES}},
+        "commit": commit(),
+        "roofs": measure_roofs(arguments.rounds or ROUNDS),
+    }
 
 
 def measure_row(

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def add_options(bench: argparse.ArgumentParser) -> None:
-    sets = ("cases", "registry", "ops", "smoke")
+    sets = ("cases", "registry", "ops", "smoke", "models")
     what = "time: measure; static: bytes, operations and least times of the GPU kernels; default %(default)s"
     bench.add_argument("what", nargs="?", default="time", choices=("time", "static"), help=what)
     bench.add_argument("--set", default="cases", choices=sets, help="shapes to measure; default %(default)s")
@@ -20,6 +20,9 @@ def add_options(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--threads", type=int, default=1, help="of every provider; default %(default)s")
     bench.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
     bench.add_argument("--layout", default="nchw", choices=("nchw", "channels_last"), help="of inputs and weights")
+    bench.add_argument(
+        "--device", default="cpu", choices=("cpu", "cuda"), help="of the set models; default %(default)s"
+    )
     bench.add_argument(
         "--peers", help="all, or names with commas between; default all, for the registry the eager ones"
     )
