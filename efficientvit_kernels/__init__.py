@@ -6,8 +6,9 @@ untouched.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ._lazy import lazy_names
 
 if TYPE_CHECKING:
     from . import models as models
@@ -23,30 +24,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
+_HOMES = {
     "FusedLiteMLA": ".nn",
     "LiteMLA": ".nn",
     "Report": ".integrations",
     "accelerate": ".integrations",
     "info": "._info",
     "lite_mla": ".ops",
+    "models": ".models",
     "multiscale_aggregate": ".ops",
     "relu_linear_attention": ".ops",
     "restore": ".integrations",
 }
-_SUBMODULES = ("models",)
-__all__ = sorted([*_HOME, *_SUBMODULES])
-
-
-def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
-        return importlib.import_module(f".{name}", __name__)
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name], __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__all__ = sorted(_HOMES)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

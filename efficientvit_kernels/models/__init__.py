@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .backbones import create_backbone as create_backbone
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from .registry import create_model as create_model
     from .registry import list_models as list_models
 
-_HOME = {
+_HOMES = {
     "CheckpointError": ".checkpoint",
     "create_backbone": ".backbones",
     "create_model": ".registry",
@@ -23,16 +24,5 @@ _HOME = {
     "read_state_dict": ".checkpoint",
     "save_weights": ".checkpoint",
 }
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name], __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__all__ = sorted(_HOMES)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

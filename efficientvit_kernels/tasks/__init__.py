@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .batch import Problem as Problem
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .upscale import Upscaled as Upscaled
     from .upscale import upscale_images as upscale_images
 
-_HOME = {
+_HOMES = {
     "Classification": ".classify",
     "ImageError": ".images",
     "ImageMasks": ".sam",
@@ -38,19 +39,5 @@ _HOME = {
     "segment_images": ".segment",
     "upscale_images": ".upscale",
 }
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .._optional import require
-
-    require("numpy", name)  # the modules import it at their top; this error says how to install it
-    value = getattr(importlib.import_module(_HOME[name], __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__all__ = sorted(_HOMES)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, needs="numpy")

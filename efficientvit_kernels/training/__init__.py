@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .distributed import Ranks as Ranks
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from .optim import parameter_groups as parameter_groups
     from .settings import Settings as Settings
 
-_HOME = {
+_HOMES = {
     "Ranks": ".distributed",
     "Settings": ".settings",
     "Trainer": ".loop",
@@ -27,16 +28,5 @@ _HOME = {
     "ssim": ".image_quality",
     "start_ranks": ".distributed",
 }
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name], __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__all__ = sorted(_HOMES)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)
