@@ -10,7 +10,6 @@ import hashlib
 import os
 import pickle
 import re
-import secrets
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from .._files import written_whole
 
 T = TypeVar("T")
 
@@ -116,24 +117,17 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"save_weights: path must end in one of {', '.join(SUFFIXES)}, got {path.name!r}")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with open(temporary, "xb+") as file:
-            mode = os.fstat(file.fileno()).st_mode  # what the user's umask allows; safetensors would set its own
+        with written_whole(path, durable=True) as temporary:
             if path.suffix == SAFETENSORS:
                 _write_safetensors(state, temporary)
             else:
-                torch.save(state, file)
-        temporary.chmod(mode)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # the content is on disk before the name is
-        os.replace(temporary, path)
+                with open(temporary, "wb") as file:
+                    torch.save(state, file)
     except ImportError:
         raise
     except Exception as error:
         raise CheckpointError(path, f"cannot be written: {_summary(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _state_of(function: str, model: object) -> dict[str, Tensor]:

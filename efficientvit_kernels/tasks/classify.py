@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .._files import written_whole
 from ..ops._checks import check_positive_int
 from .batch import Problem, check_finite, each_image, say, to_model
 from .class_names import imagenet_names
-from .images import Pixels, shown, written_whole
+from .images import Pixels, shown
 from .job import Job
 from .options import UsageError
 from .preprocess import CROP_RATIOS, classification_input

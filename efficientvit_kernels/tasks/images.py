@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .._files import written_whole
 from .._optional import require
 
 if TYPE_CHECKING:
@@ -127,14 +125,3 @@ def save_png(image: npt.NDArray[Any] | Image, path: Path) -> None:
     picture = to_pillow(image) if isinstance(image, np.ndarray) else image
     with written_whole(path) as temporary:
         picture.save(temporary, format="PNG")
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A name to write to; what was written takes the place of `path` when the block ends without an error."""
-    temporary = path.with_name(f".{token_hex(8)}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

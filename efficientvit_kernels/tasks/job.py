@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._files import written_whole
 from ..models import create_model, list_models
 from ..models.registry import RESOLUTIONS
 from ..nn import FusedLiteMLA
 from ..ops._backends import check_backend
 from .files import find_images
-from .images import shown, written_whole
+from .images import shown
 from .options import MODELS, UsageError
 
 RANDOM_WEIGHTS = "random weights: the output means nothing"

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ..models.dc_ae import DCAE
+from ..training.image_quality import psnr
 from .batch import Problem, check_finite, each_image, say, to_model
 from .images import Pixels, save_png, shown
 from .job import Job
@@ -21,25 +21,14 @@ from .preprocess import pad_to_multiple, pixels_to_tensor, tensor_to_pixels
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """pixels: the image; decoded: what came back, of the same size; psnr: in dB, inf if they are equal."""
+    """pixels: the image; decoded: what came back, of the same size; psnr: in dB, over all channels, inf if they
+    are equal."""
 
     path: Path
     pixels: Pixels
     decoded: Pixels
     latent_shape: tuple[int, ...]  # channels, height, width
     psnr: float
-
-
-def psnr(a: Pixels, b: Pixels) -> float:
-    """Peak signal-to-noise ratio of 8-bit images in dB: 10 log10(255^2 / mean((a - b)^2)), over all channels.
-
-    Raises:
-        ValueError: different shapes.
-    """
-    if a.shape != b.shape:
-        raise ValueError(f"psnr: b must be of a's shape {list(a.shape)}, got {list(b.shape)}")
-    error = float(np.square(a.astype(np.float64) - b).mean())
-    return 10 * math.log10(255**2 / error) if error > 0 else math.inf
 
 
 def reconstruct_images(
@@ -69,7 +58,8 @@ def reconstruct_images(
             latent = model.encode(to_model(model, x))
             decoded = check_finite(model.decode(latent)[..., :height, :width])
         back = tensor_to_pixels((decoded + 1) / 2)
-        return Reconstruction(path, pixels, back, tuple(latent.shape[1:]), psnr(pixels, back))
+        found, expected = (pixels_to_tensor(image).double() / 255 for image in (back, pixels))
+        return Reconstruction(path, pixels, back, tuple(latent.shape[1:]), float(psnr(found, expected)))
 
     return each_image(paths, work, problems, progress)
 

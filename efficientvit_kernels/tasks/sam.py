@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .._files import written_whole
 from ..models.sam import EfficientViTSam, SamAutomaticMaskGenerator, SamPredictor
 from ..models.sam.binary_masks import RunLengths, area_of_runs, decode_runs, encode_runs
 from .batch import Problem, each_image
 from .drawing import draw_prompts, tint_mask
-from .images import Pixels, save_png, written_whole
+from .images import Pixels, save_png
 from .job import Job
 from .palettes import generated_palette
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import random
-import secrets
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .._files import written_whole
 from ..models.checkpoint import CheckpointError
 
 FORMAT = "efficientvit_kernels training run 1"
@@ -21,17 +20,11 @@ def save_state(state: dict[str, Any], path: Path) -> None:
 
     Raises: CheckpointError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with open(temporary, "xb") as file:
+        with written_whole(path, durable=True) as temporary, open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())  # the content is on disk before the name is
-        os.replace(temporary, path)
     except OSError as error:
         raise CheckpointError(path, f"cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_state(path: Path) -> dict[str, Any]:

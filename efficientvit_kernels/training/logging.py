@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from .._files import written_whole
 
 
 class RunLog:
@@ -59,10 +60,8 @@ def _drop_rows_after(path: Path, step: int) -> None:
     kept = [row for i, row in enumerate(rows) if i == 0 or (row and row[0].isdigit() and int(row[0]) <= step)]
     if kept == rows:
         return
-    temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "w", newline="") as file:
+    with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows(kept)
-    os.replace(temporary, path)
 
 
 class Progress:

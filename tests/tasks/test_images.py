@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from efficientvit_kernels.tasks.images import ImageError, read_image, save_png, written_whole
+from efficientvit_kernels._files import written_whole
+from efficientvit_kernels.tasks.images import ImageError, read_image, save_png
 from tests.tasks.pictures import Image, noise, read, write
 
 # Where the top-left corner of the upright picture lies in the file, as (last row?, last column?), and whether rows and

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from efficientvit_kernels.models.dc_ae import DCAE
 from efficientvit_kernels.tasks import reconstruct_images
-from efficientvit_kernels.tasks.reconstruct import psnr
 from tests.tasks.commands import results, run, tiny_dc_ae, use_model
 from tests.tasks.pictures import noise, read, write
 
@@ -38,16 +37,9 @@ class Identity(DCAE):
         return z + self.shift
 
 
-def test_psnr() -> None:
-    a = np.zeros((2, 5, 3), dtype=np.uint8)
-    b = a.copy()
-    assert psnr(a, b) == math.inf
-    b[0, 0] = (30, 40, 50)  # mean squared error 5000 / 30
-    assert psnr(a, b) == pytest.approx(10 * math.log10(65025 * 30 / 5000))
-    assert psnr(a, np.full_like(a, 255)) == 0
-    assert psnr(np.full_like(a, 255), a) == 0  # no wrap-around of unsigned numbers
-    with pytest.raises(ValueError, match=r"^psnr: b must be of a's shape \[2, 5, 3\], got \[2, 5\]$"):
-        psnr(a, a[..., 0])
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """10 log10(255^2 / mean((a - b)^2)), from the pixels of the files."""
+    return 10 * math.log10(255**2 / float(np.square(a.astype(np.float64) - b).mean()))
 
 
 def test_what_goes_in_comes_out(tmp_path: Path) -> None:
