@@ -1,0 +1,54 @@
+"""Runs the kernels of tests/cuda_emulator/samples on torch's tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from tests.cuda_emulator import build
+
+SAMPLES = build.EMULATOR / "samples"
+
+
+@cache
+def _loaded(path: Path) -> ctypes.CDLL:
+    return ctypes.CDLL(str(path))
+
+
+class Sample:
+    """The kernels of one .cu file; `flags` as those of `build.library`."""
+
+    def __init__(self, name: str, flags: Sequence[str] = ()) -> None:
+        self.library = _loaded(build.library([SAMPLES / f"{name}.cu"], f"sample_{name}", flags, [SAMPLES]))
+
+    def run(
+        self,
+        kernel: str,
+        inputs: torch.Tensor,
+        outputs: int | torch.Tensor,
+        *,
+        grid: Sequence[int] = (1,),
+        block: Sequence[int] = (32,),
+        shared: int = 0,
+        a: int = 0,
+        b: int = 0,
+    ) -> torch.Tensor:
+        """Launches `kernel(inputs, out, a, b)` and returns out, new and NaN unless given; 4-byte elements.
+
+        Raises RuntimeError with the emulator's words.
+        """
+        out = torch.full((outputs,), float("nan")) if isinstance(outputs, int) else outputs
+        assert inputs.is_contiguous() and out.is_contiguous()
+        assert inputs.element_size() == out.element_size() == 4
+        function = getattr(self.library, f"run_{kernel}")
+        function.restype = ctypes.c_char_p
+        dims = [*grid, *[1] * (3 - len(grid)), *block, *[1] * (3 - len(block))]
+        pointers = (ctypes.c_void_p(inputs.data_ptr()), ctypes.c_void_p(out.data_ptr()))
+        words = function((ctypes.c_uint * 6)(*dims), ctypes.c_size_t(shared), *pointers, a, b)
+        if words is not None:
+            raise RuntimeError(words.decode())
+        return out
