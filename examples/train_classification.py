@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from efficientvit_kernels.models import create_model, list_models
 from efficientvit_kernels.models.training import apply_drop_path, init_weights
-from efficientvit_kernels.training import Ranks, Settings, Trainer, start_ranks
+from efficientvit_kernels.training import Ranks, Settings, Trainer, start_run
 from efficientvit_kernels.training.settings import add_arguments
 
 TEST_DIGITS = 400
@@ -114,7 +114,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--drop-path", type=float, default=0.05, help="stochastic depth (%(default)s)")
     parser.add_argument("--smoothing", type=float, default=0.1, help="of the labels (%(default)s)")
     parser.add_argument("--init", choices=("torch", "official"), default="torch", help="official: for long runs")
-    parser.add_argument("--threads", type=int, help="of each process, on the CPU")
     add_arguments(parser, out=Path("runs/classification"), steps=400, batch=32, lr=2e-3, warmup=20, ema=0.99)
     return parser.parse_args()
 
@@ -122,11 +121,8 @@ def parse() -> argparse.Namespace:
 @record
 def main() -> None:
     options = parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    with start_ranks(options.device, options.timeout) as ranks:
+    with start_run(options) as ranks:
         train, test, n_classes = load_data(options)
-        torch.manual_seed(options.seed)
         model = create_model(options.model, attention=options.attention, n_classes=n_classes)
         if options.init == "official":
             init_weights(model)

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from efficientvit_kernels.models import create_model, list_models
 from efficientvit_kernels.models.segmentation import STRIDE
 from efficientvit_kernels.models.training import init_weights
-from efficientvit_kernels.training import Ranks, Settings, Trainer, start_ranks
+from efficientvit_kernels.training import Ranks, Settings, Trainer, start_run
 from efficientvit_kernels.training.data import Seeded
 from efficientvit_kernels.training.settings import add_arguments
 
@@ -163,7 +163,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=128, help="side of the crops (%(default)s)")
     parser.add_argument("--test-scenes", type=int, default=64, help="made without --data (%(default)s)")
     parser.add_argument("--init", choices=("torch", "official"), default="torch", help="official: for long runs")
-    parser.add_argument("--threads", type=int, help="of each process, on the CPU")
     add_arguments(parser, out=Path("runs/segmentation"), steps=400, batch=16, lr=4e-3, warmup=50, ema=0.99)
     options = parser.parse_args()
     if (options.data is None) != (options.classes is None):
@@ -176,9 +175,7 @@ def parse() -> argparse.Namespace:
 @record
 def main() -> None:
     options = parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    with start_ranks(options.device, options.timeout) as ranks:
+    with start_run(options) as ranks:
         size, n_classes = options.size, options.classes or 11
         train: Any
         test: Any
@@ -186,7 +183,6 @@ def main() -> None:
             train, test = Scenes(size, train=True, length=4096), Scenes(size, train=False, length=options.test_scenes)
         else:
             train, test = (Folder(options.data, size, train=train) for train in (True, False))
-        torch.manual_seed(options.seed)
         model = create_model(options.model, attention=options.attention, n_classes=n_classes)
         if options.init == "official":
             init_weights(model)

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from efficientvit_kernels._info import info
 from efficientvit_kernels.models import create_model
 from efficientvit_kernels.models.super_resolution import SCALE, bicubic
-from efficientvit_kernels.training import Ranks, Settings, Trainer, luma, psnr, ssim, start_ranks
+from efficientvit_kernels.training import Ranks, Settings, Trainer, luma, psnr, ssim, start_run
 from efficientvit_kernels.training.settings import add_arguments
 
 # Of the model and of two bicubic interpolations; one name per column of `table`.
@@ -256,7 +256,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of photographs to train on")
     parser.add_argument("--test", type=Path, help="folder of photographs to test with")
     parser.add_argument("--crop", type=int, default=32, help="side of the small crops, in pixels (%(default)s)")
-    parser.add_argument("--threads", type=int, help="of each process, on the CPU")
     parser.add_argument("--report", type=Path, help="write a JSON of the results and the latency on this CPU")
     defaults = {"out": Path("runs/super_resolution"), "steps": 1000, "batch": 8, "lr": 1e-3, "warmup": 50}
     add_arguments(parser, **defaults, weight_decay=0.0, clip=0.5, ema=0.995)
@@ -266,11 +265,8 @@ def parse() -> argparse.Namespace:
 @record
 def main() -> None:
     options = parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    with start_ranks(options.device, options.timeout) as ranks:
+    with start_run(options) as ranks:
         photos, tests = load_photos(options.data, options.test)
-        torch.manual_seed(options.seed)
         model = create_model(options.model, attention=options.attention)
         identity = {"model": options.model, "crop": options.crop, "data": str(options.data)}
         trainer = Trainer(model, loss_of, Settings.of(options), ranks, identity)

@@ -9,6 +9,7 @@ from .._lazy import lazy_names
 if TYPE_CHECKING:
     from .distributed import Ranks as Ranks
     from .distributed import start_ranks as start_ranks
+    from .distributed import start_run as start_run
     from .image_quality import luma as luma
     from .image_quality import psnr as psnr
     from .image_quality import ssim as ssim
@@ -27,6 +28,7 @@ _HOMES = {
     "psnr": ".image_quality",
     "ssim": ".image_quality",
     "start_ranks": ".distributed",
+    "start_run": ".distributed",
 }
 __all__ = sorted(_HOMES)
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

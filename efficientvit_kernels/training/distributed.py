@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -90,6 +91,16 @@ def start_ranks(device: str = "auto", timeout: float = 10.0) -> Iterator[Ranks]:
         raise  # without leaving the process group in order, which would wait for ranks that may be gone
     if world > 1:
         dist.destroy_process_group()
+
+
+@contextmanager
+def start_run(options: argparse.Namespace) -> Iterator[Ranks]:
+    """`start_ranks` as the options of `settings.add_arguments` say, with their number of threads and their seed."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with start_ranks(options.device, options.timeout) as ranks:
+        torch.manual_seed(options.seed)
+        yield ranks
 
 
 def _device_of(device: str, local_rank: int, world: int) -> torch.device:

@@ -72,7 +72,10 @@ class Settings:
 
 
 def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """One option per field of `Settings`, and --device, --timeout and --attention; `defaults` by the fields' names."""
+    """One option per field of `Settings`, and --device, --threads, --timeout, --attention.
+
+    defaults: by the fields' names.
+    """
     add = parser.add_argument
     add("--out", type=Path, help="folder of the run", required="out" not in defaults)
     add("--steps", type=int, help="batches in the whole run (%(default)s)")
@@ -92,6 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     add("--resume", action="store_true", help="go on from last.pt in --out")
     add("--stop-after", type=int, default=0, help="end this call after so many steps, to go on with --resume")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N (%(default)s)")
+    add("--threads", type=int, help="of each process, on the CPU")
     add("--timeout", type=float, default=10.0, help="minutes that a rank waits for the others (%(default)s)")
     add("--attention", choices=("fused", "reference"), default="fused", help="kernels or plain torch (%(default)s)")
     parser.set_defaults(**defaults)

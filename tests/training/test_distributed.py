@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -15,8 +16,9 @@ import pytest
 import torch
 
 from efficientvit_kernels._build import ROOT
-from efficientvit_kernels.training import Ranks, start_ranks
+from efficientvit_kernels.training import Ranks, start_ranks, start_run
 from efficientvit_kernels.training.checkpoint import load_state
+from efficientvit_kernels.training.settings import add_arguments
 from tests.training.small_runs import Noisy, everything, small_model, trainer
 
 pytestmark = [
@@ -116,6 +118,17 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ranks.any(True)
         model = small_model()
         assert ranks.wrap(model) is model
+
+
+def test_a_run_has_the_threads_and_the_seed_of_its_options(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, out=tmp_path, steps=1, batch=1, lr=0.1)
+    options = parser.parse_args(["--device", "cpu", "--seed", "5", "--threads", "2"])
+    with start_run(options) as ranks:
+        assert ranks == Ranks()
+        assert torch.get_num_threads() == 2
+        drawn = torch.rand(3)
+    assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(5)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
