@@ -1,4 +1,10 @@
-"""The EfficientViT family: backbones and models with the official names, keys and numbers; imported on first use."""
+"""The EfficientViT family: backbones and models with the official names, keys and numbers; imported on first use.
+
+`registry`: names to models. `backbones`: B0-B3, L0-L3, XL0, XL1. `blocks`: every block that they and the heads share.
+`classification`, `segmentation`, `sam`, `dc_ae`, `super_resolution`: heads, configurations, one builder each.
+`checkpoint`, `convert`: weights in files, keys of other libraries. `training`: initialisation and stochastic depth.
+LiteMLA and its fused form, ConvLayer, norms and activations are in `efficientvit_kernels.nn`.
+"""
 
 from __future__ import annotations
 

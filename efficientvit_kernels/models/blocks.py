@@ -2,6 +2,9 @@
 
 A block's layers are `ConvLayer`s. All but the last have the activation `act_func`. In the normal form every layer has
 the norm and no bias; with `fewer_norm` only the last has the norm, and the others a bias instead.
+
+ConvLayer, norms and activations are in `nn/conv.py`, the attention in `nn/lite_mla.py`. What only the autoencoders have
+between two stages is in `dc_ae.py`, the transformer of the mask decoder in `sam/transformer.py`.
 """
 
 from __future__ import annotations
@@ -183,7 +186,7 @@ class ResidualBlock(nn.Module):
     """main(x) + shortcut(x); without a shortcut main(x), without a main x. Keys begin with `main.`.
 
     `drop_path` > 0 drops the main branch of that share of the images during training and scales up the others by
-    1 / (1 - drop_path); `apply_drop_path` sets it.
+    1 / (1 - drop_path); `training.apply_drop_path` sets it.
     """
 
     def __init__(self, main: nn.Module | None, shortcut: nn.Module | None) -> None:
@@ -290,6 +293,12 @@ class UpSampleLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"factor={self.factor}" if self.size is None else f"size={self.size}"
+
+
+def pixel_unshuffle(x: Tensor) -> Tensor:
+    """2 x 2 pixels to channels; torch's function hands back an empty tensor as it came."""
+    batch, channels, height, width = x.shape
+    return F.pixel_unshuffle(x, 2) if batch else x.reshape(0, 4 * channels, height // 2, width // 2)
 
 
 class DAGBlock(nn.Module):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.conv import ConvLayer, make_activation, make_norm
-from .blocks import EfficientViTBlock, OpSequential, ResBlock, ResidualBlock, residual
+from .blocks import EfficientViTBlock, OpSequential, ResBlock, ResidualBlock, pixel_unshuffle, residual
 
 
 @dataclass(frozen=True)
@@ -221,12 +221,6 @@ def _downsample(config: DCAEConfig, in_channels: int, out_channels: int) -> nn.M
 
 def _upsample(config: DCAEConfig, in_channels: int, out_channels: int) -> nn.Module:
     return (ConvPixelShuffle if config.pixel_shuffle else InterpolateConv)(in_channels, out_channels)
-
-
-def pixel_unshuffle(x: Tensor) -> Tensor:
-    """2 x 2 pixels to channels; torch's function hands back an empty tensor as it came."""
-    batch, channels, height, width = x.shape
-    return F.pixel_unshuffle(x, 2) if batch else x.reshape(0, 4 * channels, height // 2, width // 2)
 
 
 class ConvPixelUnshuffle(nn.Module):

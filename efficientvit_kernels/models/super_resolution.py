@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from ..nn.conv import ConvLayer
 from ..ops._checks import check_image, check_positive_int, shape_text
-from .blocks import EfficientViTBlock, FusedMBConv, OpSequential, residual
-from .dc_ae import pixel_unshuffle
+from .blocks import EfficientViTBlock, FusedMBConv, OpSequential, pixel_unshuffle, residual
 
 SCALE = 2
 STRIDE = 4  # of the attention; images are padded to multiples of it
