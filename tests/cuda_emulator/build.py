@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 from efficientvit_kernels import _build
 
 EMULATOR = Path(__file__).resolve().parent
@@ -44,6 +46,11 @@ def cuda_include() -> Path | None:
     homes += sorted(Path("/usr/local").glob("cuda-*"), reverse=True)
     homes += [folder for entry in sys.path for folder in sorted(Path(entry).glob("nvidia/cu*"), reverse=True)]
     return next((home / "include" for home in homes if (home / "include" / "cuda_fp16.h").exists()), None)
+
+
+needs_compiler = pytest.mark.skipif(
+    cuda_include() is None or _build.compiler() is None, reason="needs a C++ compiler and CUDA's headers"
+)
 
 
 def sanitizer_runtimes(flags: Sequence[str]) -> list[str] | None:

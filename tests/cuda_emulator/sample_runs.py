@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -20,9 +21,11 @@ def _loaded(path: Path) -> ctypes.CDLL:
 
 
 class Sample:
-    """The kernels of one .cu file; `flags` as those of `build.library`."""
+    """The kernels of one .cu file, under the sanitizer that the environment names: address or thread."""
 
-    def __init__(self, name: str, flags: Sequence[str] = ()) -> None:
+    def __init__(self, name: str) -> None:
+        self.sanitized = os.environ.get("EVK_EMULATOR_SANITIZER", "")
+        flags = {"address": build.ADDRESS, "thread": build.THREAD, "": ()}[self.sanitized]
         self.library = _loaded(build.library([SAMPLES / f"{name}.cu"], f"sample_{name}", flags, [SAMPLES]))
 
     def run(
@@ -42,7 +45,8 @@ class Sample:
         Raises RuntimeError with the emulator's words.
         """
         out = torch.full((outputs,), float("nan")) if isinstance(outputs, int) else outputs
-        assert inputs.is_contiguous() and out.is_contiguous()
+        assert inputs.is_contiguous()
+        assert out.is_contiguous()
         assert inputs.element_size() == out.element_size() == 4
         function = getattr(self.library, f"run_{kernel}")
         function.restype = ctypes.c_char_p

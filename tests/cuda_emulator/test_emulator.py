@@ -11,9 +11,7 @@ import torch
 from tests.cuda_emulator import build
 from tests.cuda_emulator.sample_runs import Sample
 
-pytestmark = pytest.mark.skipif(
-    build.cuda_include() is None or build._build.compiler() is None, reason="needs a C++ compiler and CUDA's headers"
-)
+pytestmark = build.needs_compiler
 NAN = math.nan
 
 
