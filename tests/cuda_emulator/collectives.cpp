@@ -38,8 +38,8 @@ void complete_ballot(void* const (&operands)[32], uint32_t present) {
     static_cast<VoteOperand*>(operands[std::countr_zero(lanes)])->result = votes;
 }
 
-void check_width(int width, Site site) {
-  if (width < 1 || width > 32 || (width & (width - 1))) fail("a shuffle's width must be a power of two up to 32", site);
+void check_width(const char* name, int width, Site site) {
+  if (width < 1 || width > 32 || (width & (width - 1))) fail(name, "the width must be a power of two up to 32", site);
 }
 
 }  // namespace
@@ -57,24 +57,24 @@ uint64_t shuffle(const char* name, uint32_t mask, uint64_t value, int source, Si
 }
 
 int shuffle_source_index(int lane, int source, int width, Site site) {
-  check_width(width, site);
+  check_width("__shfl_sync", width, site);
   return (lane & ~(width - 1)) | (source & (width - 1));
 }
 
 // Lanes with a source outside their part of the warp keep their own value; up to a part of lower lanes may be read.
 int shuffle_source_xor(int lane, int distance, int width, Site site) {
-  check_width(width, site);
+  check_width("__shfl_xor_sync", width, site);
   const int source = lane ^ distance;
   return source <= (lane | (width - 1)) && source >= 0 ? source : lane;
 }
 
 int shuffle_source_down(int lane, unsigned distance, int width, Site site) {
-  check_width(width, site);
+  check_width("__shfl_down_sync", width, site);
   return (lane & (width - 1)) + static_cast<int64_t>(distance) < width ? lane + static_cast<int>(distance) : lane;
 }
 
 int shuffle_source_up(int lane, unsigned distance, int width, Site site) {
-  check_width(width, site);
+  check_width("__shfl_up_sync", width, site);
   return (lane & (width - 1)) >= static_cast<int64_t>(distance) ? lane - static_cast<int>(distance) : lane;
 }
 

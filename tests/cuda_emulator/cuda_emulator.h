@@ -47,8 +47,8 @@ int64_t launches();
 // The block's dynamic shared memory.
 unsigned char* dynamic_shared();
 
-// Throws "cuda emulator: <what>, block (..), thread (..)".
-[[noreturn]] void fail(const char* what, Site site);
+// Throws "cuda emulator: <name>: <what> at <site>, block (..), thread (..)".
+[[noreturn]] void fail(const char* name, const char* what, Site site);
 
 // Throws unless these bytes lie in the block's dynamic shared memory and `p` is a multiple of `alignment`.
 void check_shared(const void* p, size_t bytes, size_t alignment, const char* name, Site site);

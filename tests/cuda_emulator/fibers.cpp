@@ -59,8 +59,6 @@ void allocate_stack(Context& context) {
   context.stack = static_cast<unsigned char*>(memory) + kPage;
   context.bottom = context.stack;
   context.size = size;
-  auto* canary = reinterpret_cast<uint64_t*>(context.stack);
-  for (size_t i = 0; i < kCanaryWords; ++i) canary[i] = kCanary;
 }
 
 }  // namespace
@@ -76,6 +74,8 @@ void start_at(Context& context, void (*entry)(), size_t number) {
   if (!context.stack) allocate_stack(context);
   // What an abandoned run has left.
   if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(context.stack, context.size);
+  auto* canary = reinterpret_cast<uint64_t*>(context.stack);
+  for (size_t i = 0; i < kCanaryWords; ++i) canary[i] = kCanary;
   if (__tsan_create_fiber) {
     if (context.tsan) __tsan_destroy_fiber(context.tsan);
     context.tsan = __tsan_create_fiber(0);

@@ -82,7 +82,7 @@ inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* shared, Site site = 
 
 inline void cp_async(const char* name, void* shared, const void* global, int size, bool valid, Site site) {
   emulator::check_shared(shared, size, size, name, site);
-  if (reinterpret_cast<uintptr_t>(global) % size) emulator::fail("cp_async: misaligned global address", site);
+  if (reinterpret_cast<uintptr_t>(global) % size) emulator::fail(name, "misaligned global address", site);
   auto* to = static_cast<unsigned char*>(shared);
   for (int i = 0; i < size; ++i) to[i] = 0xff;
   emulator::push_copy({to, static_cast<const unsigned char*>(global), valid ? size : 0, size, 0});

@@ -144,9 +144,11 @@ void finish() {
   if (warp.alive)
     for (Group& group : warp.groups)
       if (is_complete(warp, group)) complete(fiber.number / 32, group);
-  if (stack_overflowed(fiber))
+  if (stack_overflowed(fiber)) {
+    fiber.started = false;
     state.error = std::make_exception_ptr(error_of("a thread's stack overflowed, " + block_text() + ", thread " +
                                                    text(fiber.index.x, fiber.index.y, fiber.index.z)));
+  }
   give_way();
 }
 
@@ -206,13 +208,13 @@ using namespace internal;
 
 unsigned char* dynamic_shared() { return state.shared; }
 
-void fail(const char* what, Site site) { fail_at(what, site); }
+void fail(const char* name, const char* what, Site site) { fail_at(std::string(name) + ": " + what, site); }
 
 void check_shared(const void* p, size_t bytes, size_t alignment, const char* name, Site site) {
   const auto address = reinterpret_cast<uintptr_t>(p), begin = reinterpret_cast<uintptr_t>(state.shared);
   if (address < begin || address + bytes > begin + state.shared_bytes)
-    fail_at(std::string(name) + ": not within the block's shared memory", site);
-  if (address % alignment) fail_at(std::string(name) + ": misaligned shared address", site);
+    fail(name, "not within the block's shared memory", site);
+  if (address % alignment) fail(name, "misaligned shared address", site);
 }
 
 void block_barrier(Site site) {
