@@ -107,12 +107,24 @@ def time_lines(rows: list[Row]) -> list[list[str]]:
 
 
 def prediction_lines(rows: list[Row]) -> list[list[str]]:
-    lines = [["model", "LiteMLAs", "share", "their speed-up", "predicted", "measured", "gain reached", "5 to 95 %"]]
+    heads = ["model", "LiteMLAs", "share", "their speed-up", "predicted", "measured", "gain reached", "5 to 95 %"]
+    lines = [[*heads, "in the model: speed-up", "predicted", "rest, eager / ours"]]
     for row in rows:
         low, high = row["gain_reached_interval"]
         line = [row["case"]["name"], str(row["lite_mlas"]), f"{row['share']:.1%}", f"{row['layers_speed_up']:.2f}x"]
         line += [f"{row['predicted']:.3f}x", f"{row['measured']:.3f}x", f"{row['gain_reached']:.0%}"]
-        lines.append([*line, f"{low:.0%} to {high:.0%}"])
+        line.append(f"{low:.0%} to {high:.0%}")
+        within = row.get("inside")
+        line += (
+            [
+                f"{within['layers_speed_up']:.2f}x",
+                f"{within['predicted']:.3f}x",
+                f"{within['rest_eager_over_ours']:.3f}",
+            ]
+            if within
+            else ["-"] * 3
+        )
+        lines.append(line)
     return lines
 
 

@@ -9,6 +9,10 @@ what runtimes make of it; and, on the inputs that they get in the model, all its
 
 where every quotient is the median over rounds of the one in a round. The interval of `gain_reached` is that of 1000
 resamplings of the rounds, 5 to 95 %. Where the share is small the gain is within the noise, and the interval says so.
+
+Alone, a small layer finds its weights in a cache, where in the model it reads them from memory: its speed-up is larger
+alone. So the same is predicted from times that hooks take in the model, too ("inside"); what is then missing from the
+gain, the rest of the model has lost.
 """
 
 from __future__ import annotations
@@ -100,7 +104,7 @@ def measure_model(
         row |= figures(shuffled_blocks(lambda number: _steps(work, number), rounds, training=False))
         row["memory"] = {name: _peak(work, provider) for name, provider in _measurable(work).items()}
         if device == "cpu":
-            row["inside"] = inside(work, max(3, rounds // 3))
+            row["inside"] = inside(work, rounds)
     return row
 
 
@@ -228,6 +232,11 @@ def figures(samples: Samples) -> dict[str, Any]:
     }
 
 
+def predicted_gain(share: float, speed_up: float) -> float:
+    """Amdahl's law."""
+    return 1 / (1 - share + share / speed_up)
+
+
 def prediction(samples: Samples) -> dict[str, Any]:
     """What the LiteMLAs' share and speed-up predict for the model, and how much of it came; see the module's words."""
     shares = ratios(samples[LAYERS[0]], samples["eager"])
@@ -238,7 +247,7 @@ def prediction(samples: Samples) -> dict[str, Any]:
         share, speed_up, gain = (
             statistics.median([values[i] for i in rounds]) for values in (shares, speed_ups, measured)
         )
-        predicted = 1 / (1 - share + share / speed_up)
+        predicted = predicted_gain(share, speed_up)
         quotient = (gain - 1) / (predicted - 1) if predicted != 1 else float("nan")
         return share, speed_up, predicted, gain, quotient
 
@@ -277,25 +286,31 @@ def inside(work: ModelWork, rounds: int) -> dict[str, Any]:
     """Where the time of a call goes, measured in the model: each LiteMLA, and all the rest; medians in ms.
 
     A gain that does not come although the layers alone are faster shows here: as layers that are slower in the model
-    than alone, or as a rest that is slower behind ours.
+    than alone, or as a rest that is slower behind ours ("rest", ours over eager).
     """
-    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in work.models}
+    calls: dict[str, list[dict[str, float]]] = {name: [] for name in work.models}
     timed = {name: _timed_copy(model) for name, model in work.models.items()}
     for number in range(rounds):
         x = work.inputs(number)[0]
         for name in random.Random(number).sample(list(timed), len(timed)):
             model, spent = timed[name]
             model(x)
-            spent.clear()
             start = time.perf_counter()
             model(x)
             whole = time.perf_counter() - start
-            seconds[name].append({**spent, "rest": whole - sum(spent.values())})
-    result: dict[str, Any] = {"rounds": rounds}
-    for name, calls in seconds.items():
-        medians = {part: 1e3 * statistics.median(call[part] for call in calls) for part in calls[0]}
-        rest = medians.pop("rest")
-        result[name] = {"lite_mla_ms": sum(medians.values()), "rest_ms": rest, "layers_ms": medians}
+            lite_mla = sum(spent.values())
+            calls[name].append({**spent, "lite_mla": lite_mla, "rest": whole - lite_mla, "whole": whole})
+    pairs = list(zip(calls["eager"], calls["ours"], strict=True))
+    share = statistics.median(call["lite_mla"] / call["whole"] for call in calls["eager"])
+    quotients = {
+        part: statistics.median(eager[part] / ours[part] for eager, ours in pairs) for part in ("lite_mla", "rest")
+    }
+    result: dict[str, Any] = {"rounds": rounds, "share": share, "layers_speed_up": quotients["lite_mla"]}
+    result |= {"rest_eager_over_ours": quotients["rest"], "predicted": predicted_gain(share, quotients["lite_mla"])}
+    for name, found in calls.items():
+        medians = {part: 1e3 * statistics.median(call[part] for call in found) for part in found[0]}
+        parts = {f"{part}_ms": medians.pop(part) for part in ("lite_mla", "rest", "whole")}
+        result[name] = {**parts, "layers_ms": medians}
     return result
 
 

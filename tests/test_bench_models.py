@@ -122,7 +122,10 @@ def test_inside_times_every_lite_mla() -> None:
         assert list(found[name]["layers_ms"]) == lite_mla_paths(model)
         assert min(found[name]["layers_ms"].values()) > 0
         assert found[name]["rest_ms"] > 0
+        assert found[name]["whole_ms"] > found[name]["lite_mla_ms"] > 0
         assert not any(module._forward_hooks for module in model.modules()), "hooks belong to the copy alone"
+    assert found["predicted"] == models.predicted_gain(found["share"], found["layers_speed_up"])
+    assert models.predicted_gain(0.5, 2.0) == pytest.approx(4 / 3)
     twin, _ = models._timed_copy(work.models["ours"])
     assert {id(p) for p in twin.parameters()} == {id(p) for p in work.models["ours"].parameters()}
     assert all(m.fusion_plan().path == "whole" for m in twin.modules() if isinstance(m, FusedLiteMLA))
