@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from .. import _library
+from ..triton_kernels.configs import MAX_HEAD_DIM  # numbers alone: Triton is not imported
 
 # The fastest first. "auto" takes the first that can run; interpreted Triton is never among them.
 PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 DEVICE_OF_BACKEND = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
-TRITON_MAX_HEAD_DIM = 256
 
 
 def why_not(
@@ -33,8 +33,8 @@ def why_not(
 def _why_not_triton(device_type: str | None, dtype: torch.dtype | None, head_dim: int | None) -> str | None:
     if dtype == torch.float64:
         return "it has no float64 kernels"
-    if head_dim is not None and head_dim > TRITON_MAX_HEAD_DIM:
-        return f"it serves head_dim up to {TRITON_MAX_HEAD_DIM}, got {head_dim}"
+    if head_dim is not None and head_dim > MAX_HEAD_DIM:
+        return f"it serves head_dim up to {MAX_HEAD_DIM}, got {head_dim}"
     return None if device_type is None else _library.why_not_run_triton(device_type)
 
 

@@ -6,7 +6,7 @@ would launch can be compiled for any architecture without a GPU (`resources.py`)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -58,11 +58,17 @@ def launch(kernel: Any, grid: int, *arguments: Any, num_warps: int, num_stages: 
         raise NotImplementedError(f"triton: grid must be at most {MAX_GRID} programs, got {grid}: use smaller batches")
     # Its default changes between versions; with it the products and sums of an output are fused multiply-adds.
     meta = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **constexprs}
+    if _on_amd():
+        meta.pop("maxnreg", None)  # of NVIDIA's compiler alone
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, meta))
         return
     kernel[(grid,)](*arguments, **meta)
     _launches += 1
+
+
+def _on_amd() -> bool:
+    return torch.version.hip is not None if _recorded is None else _recorded_arch.startswith("gfx")
 
 
 def arch_of(tensor: Tensor) -> str:
@@ -87,6 +93,11 @@ def product_precision(dtype: torch.dtype) -> str:
     return "tf32"
 
 
+def product_kind(dtype: torch.dtype) -> str:
+    """ "half" for 16-bit storage, otherwise the precision of the products: a column of the configuration tables."""
+    return product_precision(dtype) if dtype == torch.float32 else "half"
+
+
 def block_of(size: int) -> int:
     """The power of two that holds `size`; at least 16, the least side of a matrix product."""
     return max(16, int(triton.next_power_of_2(size)))
@@ -99,8 +110,3 @@ def token_strides(image: Tensor) -> tuple[int, int, bool]:
     if width == 1:
         return 0, stride_h, True
     return stride_h, stride_w, height == 1 or stride_h == width * stride_w
-
-
-def same_format(outputs: Sequence[Tensor]) -> bool:
-    """Whether all have the strides of the first."""
-    return all(output.stride() == outputs[0].stride() for output in outputs)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..ops._fakes import empty_image
-from .launch import arch_of, block_of, launch, product_precision
+from .configs import MAX_REGISTERS
+from .launch import arch_of, block_of, launch, product_kind, product_precision
 from .lite_mla_configs import BlockConfig, block_config, tiles_per_program, tiles_per_split
 from .lite_mla_kernels import aggregate_apply_kernel, aggregate_kv_state_kernel
 from .multiscale_aggregate import multiscale_aggregate_bwd, multiscale_aggregate_fwd
@@ -67,7 +68,7 @@ def _fused(
     qkv: Tensor, depthwise: Sequence[Tensor], head_dim: int
 ) -> tuple[list[BlockConfig], list[BlockConfig]] | None:
     """Per scale, the configurations of the two fused kernels; None where a scale has none, or there are no scales."""
-    kind = product_precision(qkv.dtype) if qkv.dtype == torch.float32 else "half"
+    kind = product_kind(qkv.dtype)
     state, application = (
         [block_config(kernel, kind, block_of(head_dim), weight.shape[-1], qkv.shape[3]) for weight in depthwise]
         for kernel in ("state", "apply")
@@ -109,7 +110,7 @@ class _Scale:
         }
         if arch_of(qkv).startswith("sm_"):
             # Left to itself, ptxas spills a few registers to fit one more block.
-            self.meta["maxnreg"] = 255
+            self.meta["maxnreg"] = MAX_REGISTERS
 
 
 def _aggregated_states(qkv: Tensor, aggregation: Weights, configs: Sequence[BlockConfig], head_dim: int) -> Tensor:

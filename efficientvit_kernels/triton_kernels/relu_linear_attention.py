@@ -22,7 +22,7 @@ from torch import Tensor
 from ..ops._fakes import empty_image
 from .attention_state import last_rows_sum, store_state_rows, sum_of_splits
 from .configs import MAX_SUMMED_SPLITS, AttentionConfig, attention_config, tokens_per_split
-from .launch import arch_of, block_of, launch, product_precision, token_strides
+from .launch import arch_of, block_of, launch, product_kind, product_precision, token_strides
 from .tile import kernel, load, narrowed, operand, relu, remainder, rounded, stored_operand, token_offsets
 
 
@@ -340,9 +340,8 @@ class _Plan:
 
     def __init__(self, kernel: str, qkv: Tensor, head_dim: int) -> None:
         tokens = qkv.shape[2] * qkv.shape[3]
-        precision = product_precision(qkv.dtype)
-        kind = precision if qkv.dtype == torch.float32 else "half"
-        config: AttentionConfig = attention_config(kernel, kind, block_of(head_dim), tokens, arch_of(qkv))
+        kind, arch = product_kind(qkv.dtype), arch_of(qkv)
+        config: AttentionConfig = attention_config(kernel, kind, block_of(head_dim), tokens, arch)
         self.split_tokens = tokens_per_split(tokens)
         self.splits = -(-tokens // self.split_tokens)
         self.row_blocks = -(-head_dim // config.block_r)
@@ -352,7 +351,7 @@ class _Plan:
             "BLOCK_R": config.block_r,
             "ROW_BLOCKS": self.row_blocks,
             "BLOCK_N": config.block_n,
-            "PRECISION": precision,
+            "PRECISION": product_precision(qkv.dtype),
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }
