@@ -1,0 +1,212 @@
+"""Addresses: nothing outside of the tensors is touched, nothing is written twice, offsets have 64 bits.
+
+Large offsets come from tensors whose elements lie 2^30 apart, in memory that is reserved and never filled: what the
+system gives are the few pages that are touched.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from efficientvit_kernels.testing import make_qkv
+from efficientvit_kernels.triton_kernels import lite_mla, multiscale_aggregate, pointwise, relu_linear_attention
+from efficientvit_kernels.triton_kernels.launch import launch
+from efficientvit_kernels.triton_kernels.tile import kernel
+from tests.ops.aggregate_samples import Sample
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="memory that is not there, and watched addresses"),
+]
+FAR = 2**30
+NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux, which Python names from 3.12 on
+AXES = {"images": 0, "channels": 1, "rows": 2, "columns": 3}
+
+
+def far_apart(shape: Sequence[int], axis: int, dtype: torch.dtype, step: int = FAR) -> Tensor:
+    """A tensor whose elements lie `step` apart along one axis, and are packed along the others."""
+    strides, packed = [0] * len(shape), 1
+    for i in reversed(range(len(shape))):
+        strides[i] = step if i == axis else packed
+        packed *= 1 if i == axis else shape[i]
+    if axis == 3 and len(shape) == 4:
+        strides[2] = step * shape[3]  # whole rows, so that tokens lie in one row
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+    memory = mmap.mmap(-1, elements * dtype.itemsize, flags=flags)
+    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
+
+
+def spread(tensor: Tensor, axis: int) -> Tensor:
+    return far_apart(tensor.shape, axis, tensor.dtype).copy_(tensor)
+
+
+@contextmanager
+def outputs_far_apart(axis: int) -> Iterator[None]:
+    """The images that the launchers allocate are of this kind, too."""
+
+    def empty_image(like: Tensor, channels: int) -> Tensor:
+        image = far_apart((like.shape[0], channels, *like.shape[2:]), axis, like.dtype)
+        return image.fill_(float("nan"))
+
+    with ExitStack() as stack:
+        for module in (relu_linear_attention, multiscale_aggregate, lite_mla, pointwise):
+            stack.enter_context(patch.object(module, "empty_image", empty_image))
+        yield
+
+
+def same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    assert len(found) == len(expected)
+    for i, pair in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(*pair), i
+
+
+# Batch, heads, head dim, H, W: three along the axis, or two heads of two channels, so that the last lie beyond 2^31.
+SHAPES = {"images": (3, 1, 1, 1, 2), "channels": (1, 2, 2, 1, 2), "rows": (1, 1, 1, 3, 2), "columns": (1, 1, 1, 1, 3)}
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "axis"), [*((2, axis) for axis in AXES), *((66, axis) for axis in AXES if axis != "images")]
+)
+def test_attention(head_dim: int, axis: str) -> None:
+    """66: several blocks of rows of the state, which change nothing of how images are addressed."""
+    batch, heads, _, height, width = SHAPES[axis]
+    qkv = make_qkv(batch, heads, head_dim, height, width, dtype=torch.float16)[0]
+    grad_out = make_qkv(batch, heads, head_dim, height, width, dtype=torch.float16, seed=1)[0][:, : heads * head_dim]
+
+    def results(qkv: Tensor, grad_out: Tensor) -> list[Tensor]:
+        out, state = relu_linear_attention.relu_linear_attention_fwd([qkv], head_dim, 1e-15)
+        (grad,) = relu_linear_attention.relu_linear_attention_bwd(grad_out, [qkv], state, head_dim, 1e-15, [0])
+        return [out, state, grad]
+
+    expected = results(qkv, grad_out)
+    # Allocated images have their tokens in one row.
+    with outputs_far_apart(3 if axis == "rows" else AXES[axis]):
+        same(results(spread(qkv, AXES[axis]), spread(grad_out, AXES[axis])), expected)
+
+
+@pytest.mark.parametrize(
+    ("k", "axis"),
+    [
+        *((3, axis) for axis in AXES),
+        (7, "channels"),
+        pytest.param(7, "images", marks=pytest.mark.nightly),
+        (9, "columns"),
+    ],
+)
+def test_aggregation(k: int, axis: str) -> None:
+    """Gradients in one launch, one by one, and no gradients of a window that is not unrolled: it would take long."""
+    batch, _, dim, height, width = SHAPES[axis]
+    arguments = Sample(batch, 1, dim, height, width, (k,), biases=True).make(torch.float16)
+    parameters = [list(arguments[name]) for name in ("depthwise_weights", "pointwise_weights", "depthwise_biases")]
+    qkv, addend = arguments["qkv"], arguments["qkv"].flip(1)
+
+    def results(qkv: Tensor, addend: Tensor, lists: list[list[Tensor]], biases: list[Tensor]) -> list[Tensor]:
+        out = multiscale_aggregate.multiscale_aggregate_fwd(qkv, *lists, biases, dim)
+        grads = multiscale_aggregate.multiscale_aggregate_bwd(
+            [addend], qkv, *lists, dim, True, k < 9, False, addend=addend
+        )
+        return [*out, *grads]
+
+    expected = results(qkv, addend, parameters, arguments["pointwise_biases"])
+    with outputs_far_apart(AXES[axis]):
+        if axis == "channels":  # and those of the weights
+            parameters = [[spread(tensor, 0) for tensor in tensors] for tensors in parameters]
+            arguments["pointwise_biases"] = [spread(tensor, 0) for tensor in arguments["pointwise_biases"]]
+        found = results(spread(qkv, AXES[axis]), spread(addend, AXES[axis]), parameters, arguments["pointwise_biases"])
+        same(found, expected)
+        if axis == "channels":
+            parameters[1] = [spread(tensor, 1) for tensor in parameters[1]]
+            same(results(qkv, addend, parameters, arguments["pointwise_biases"]), expected)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_fused_block(axis: str) -> None:
+    batch, heads, dim, height, width = SHAPES[axis]
+    arguments = Sample(batch, heads, dim, height, width, (3,), biases=True).make(torch.float16)
+    names = ("depthwise_weights", "pointwise_weights", "depthwise_biases", "pointwise_biases")
+
+    def results(qkv: Tensor, aggregation: Any) -> list[Tensor]:
+        configs = lite_mla._fused(qkv, aggregation[0], dim)
+        assert configs is not None
+        states = lite_mla._aggregated_states(qkv, aggregation, configs[0], dim)
+        out = lite_mla.empty_image(qkv, 2 * heads * dim)
+        lite_mla._aggregate_and_apply(qkv, aggregation, configs[1], states, None, out, dim, 1e-15)
+        return [states, out]
+
+    aggregation = [arguments[name] for name in names]
+    expected = results(arguments["qkv"], aggregation)
+    with outputs_far_apart(AXES[axis]):
+        if axis == "channels":
+            aggregation = [[spread(tensor, 0) for tensor in tensors] for tensors in aggregation]
+        same(results(spread(arguments["qkv"], AXES[axis]), aggregation), expected)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_product_with_epilogue(axis: str) -> None:
+    x = make_qkv(3 if axis == "images" else 1, 1, 1, 3, 2, dtype=torch.float16)[0]
+    weight, residual = torch.randn(3, 3, 1, 1, dtype=torch.float16), x.flip(1)
+
+    def results(weight: Tensor, x: Tensor, residual: Tensor) -> list[Tensor]:
+        return [pointwise.product_with_epilogue(weight, x, None, None, residual, like=x)]
+
+    expected = results(weight, x, residual)
+    flat = 3 if axis == "rows" else AXES[axis]
+    with outputs_far_apart(flat):
+        same(results(weight, spread(x, flat), spread(residual, AXES[axis])), expected)
+        if axis in ("images", "channels"):
+            same(results(spread(weight, AXES[axis]), x, residual), expected)
+
+
+@kernel
+def _faulty_kernel(x, y, SIZE: tl.constexpr, FAULT: tl.constexpr):
+    o = tl.arange(0, SIZE)
+    if FAULT == "read":
+        tl.store(y + o, tl.load(x + o), mask=o < SIZE - 1)
+    if FAULT == "gap":
+        tl.store(y + 2 * o + 1, tl.load(x + o, mask=o < 0, other=0.0))
+    if FAULT == "write":
+        tl.store(y + 2 * o, tl.load(x + o, mask=o < SIZE - 1, other=0.0))
+    if FAULT == "twice":
+        tl.store(y + 2 * o, tl.zeros((SIZE,), tl.float32), mask=o < 1)
+    if FAULT in ("tf32", "ieee"):
+        a = tl.zeros((SIZE, SIZE), tl.float32) + 0.1
+        b = tl.dot(a, a, input_precision=FAULT)
+        tl.store(y + 2 * o, tl.sum(b, axis=0), mask=o < 1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("read", "a read of what is no element"),
+        ("gap", "a write of what is no element"),
+        ("write", "a write of what is no element"),
+        ("twice", "an element is written twice"),
+        ("tf32", "a product must be in ieee, got tf32"),
+        ("ieee", ""),
+    ],
+)
+def test_faults_are_found(fault: str, message: str) -> None:
+    x, y = torch.zeros(15), torch.zeros(30)[::2]
+    programs = 2 if fault == "twice" else 1
+    if not message:
+        launch(_faulty_kernel, programs, x, y, SIZE=16, FAULT=fault, num_warps=1, num_stages=1)
+        return
+    with pytest.raises(Exception, match=message):
+        launch(_faulty_kernel, programs, x, y, SIZE=16, FAULT=fault, num_warps=1, num_stages=1)
+
+
+def test_operands_that_are_not_rounded_are_found() -> None:
+    x, y = torch.zeros(15, dtype=torch.bfloat16), torch.zeros(30)[::2]
+    with pytest.raises(Exception, match="an operand of a product in TF32 is not rounded"):
+        launch(_faulty_kernel, 1, x, y, SIZE=16, FAULT="tf32", num_warps=1, num_stages=1)
