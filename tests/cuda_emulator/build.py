@@ -67,7 +67,7 @@ def library(
     """The shared library of these .cu files, compiled where something has changed.
 
     Args:
-        flags: added for the sources, not for the emulator itself; ADDRESS and THREAD are the sanitizers'.
+        flags: added for the sources, not for the emulator but for its own -DEVK_EMULATOR_...; ADDRESS and THREAD are the sanitizers'.
         includes: folders of headers, looked through after each file's own and before csrc/cuda.
         torch: compile against torch's stable ABI, as the op libraries are.
 

@@ -23,9 +23,9 @@ def _loaded(path: Path) -> ctypes.CDLL:
 class Sample:
     """The kernels of one .cu file, under the sanitizer that the environment names: address or thread."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *flags: str) -> None:
         self.sanitized = os.environ.get("EVK_EMULATOR_SANITIZER", "")
-        flags = {"address": build.ADDRESS, "thread": build.THREAD, "": ()}[self.sanitized]
+        flags += {"address": build.ADDRESS, "thread": build.THREAD, "": ()}[self.sanitized]
         self.library = _loaded(build.library([SAMPLES / f"{name}.cu"], f"sample_{name}", flags, [SAMPLES]))
 
     def run(

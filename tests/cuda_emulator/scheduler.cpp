@@ -108,6 +108,8 @@ void set_waiting(const Fiber& fiber) {
 void give_way() {
   Context& from = *state.current;
   Context& to = choose();
+  // Whether the block ends or an error stops it: the launching thread sees what was done until here.
+  release(&state.end_token);
   if (&from == &to) return;
   state.current = &to;
   if (&to != &state.launching) threadIdx = static_cast<Fiber&>(to).index;
@@ -136,7 +138,6 @@ void finish() {
   Fiber& fiber = self();
   Warp& warp = own_warp();
   fiber.finished = true;
-  release(&state.end_token);
   set_waiting(fiber);
   warp.alive &= ~(1u << fiber.number % 32);
   --state.alive;
@@ -197,7 +198,9 @@ void run_threads() {
   begin_threads();
   release(&state.begin_token);
   give_way();
-  if (state.error) std::rethrow_exception(std::exchange(state.error, nullptr));
+  if (!state.error) return;
+  acquire(&state.end_token);
+  std::rethrow_exception(std::exchange(state.error, nullptr));
 }
 
 }  // namespace emulator::internal

@@ -82,6 +82,16 @@ def test_no_fault(faults: Sample, order: int) -> None:
     assert multiply(faults, 0) == "right"
 
 
+@pytest.mark.nightly
+def test_with_the_c_library_s_switch(order: int) -> None:
+    """What processors other than x86-64 take."""
+    faults = Sample("faults", "-DEVK_EMULATOR_UCONTEXT")
+    assert normalise(faults, 0) == "right"
+    assert normalise(faults, 3) == WRONG
+    assert NORMALISE_FAULTS["divergent barrier"][1] in normalise(faults, 4)
+    assert multiply(faults, 0) == "right"
+
+
 @pytest.mark.parametrize("name", NORMALISE_FAULTS)
 def test_fault_of_normalise(faults: Sample, order: int, name: str) -> None:
     fault, caught = NORMALISE_FAULTS[name]
