@@ -105,6 +105,24 @@ __global__ void neighbours(const float* in, float* out, int distance, int barrie
   out[t] = values[from < 0 || from >= n ? t : from];
 }
 
+// out[0] += sum of in, one block per element, atomically or not. Blocks run one after another, so the sum is right in
+// both; ThreadSanitizer alone sees the race.
+__global__ void accumulate(const float* in, float* out, int, int atomic) {
+  if (threadIdx.x != blockIdx.x % blockDim.x) return;
+  if (atomic)
+    atomicAdd(out, in[blockIdx.x]);
+  else
+    out[0] += in[blockIdx.x];
+}
+
+// out [threads, 4] = in, from an address that is `offset` floats beyond a multiple of 16 bytes.
+__global__ void vectors(const float* in, float* out, int offset, int) {
+  const float4 x = *reinterpret_cast<const float4*>(in + 4 * threadIdx.x + offset);
+  for (int i = 0; i < 4; ++i) out[4 * threadIdx.x + i] = i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+}
+
 EVK_SAMPLE(normalise)
 EVK_SAMPLE(multiply)
 EVK_SAMPLE(neighbours)
+EVK_SAMPLE(accumulate)
+EVK_SAMPLE(vectors)
