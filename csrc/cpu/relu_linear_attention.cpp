@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../schemas.h"
 #include "plan.h"
 #include "relu_linear_attention_launch.h"
 
@@ -180,10 +181,8 @@ std::vector<Tensor> relu_linear_attention_bwd_cpu(Tensor grad_out, std::vector<T
 }  // namespace efficientvit_kernels::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(efficientvit_kernels, m) {
-  m.def("relu_linear_attention_fwd(Tensor[] qkv, int head_dim, float eps) -> (Tensor, Tensor)");
-  m.def(
-      "relu_linear_attention_bwd(Tensor grad_out, Tensor[] qkv, Tensor state, int head_dim, float eps, int[] scales) "
-      "-> Tensor[]");
+  m.def(EVK_RELU_LINEAR_ATTENTION_FWD);
+  m.def(EVK_RELU_LINEAR_ATTENTION_BWD);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efficientvit_kernels, CPU, m) {

@@ -1,0 +1,9 @@
+// Defines the ops that the launchers of csrc/cuda implement, for CPU tensors, in a namespace of their own.
+#include <torch/csrc/stable/library.h>
+
+#include "../../csrc/schemas.h"
+
+STABLE_TORCH_LIBRARY(efficientvit_kernels_emulated, m) {
+  m.def(EVK_RELU_LINEAR_ATTENTION_FWD);
+  m.def(EVK_RELU_LINEAR_ATTENTION_BWD);
+}
