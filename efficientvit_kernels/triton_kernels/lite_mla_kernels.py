@@ -1,7 +1,7 @@
 """The two fused kernels of lite_mla's forward: aggregation with the sum of the state, aggregation with its application.
 
 Between them and the two products of the block, nothing but qkv, the states and the attention's result reaches memory:
-no aggregated map, no concatenation. For head dims up to 64.
+no aggregated map, no concatenation. For head dims up to 32.
 """
 
 from __future__ import annotations
