@@ -4,6 +4,9 @@ While a kernel runs, every address that it reads or writes must be that of an el
 of their memory: gaps between the elements of a slice count as outside. No element is written twice in one launch, as
 the order of programs is not defined. Products of float32 storage are in IEEE precision unless torch allows TF32, and
 operands of a product in TF32 have no more than its 11 bits: matrix units would cut the rest off.
+
+Triton 3.9's interpreter refuses masks that a scalar condition is part of, which it makes integers: they are made what
+they are in the compiler, truth values.
 """
 
 from __future__ import annotations
@@ -69,7 +72,7 @@ class _Watch:
     def find(self, what: str, pointers: np.ndarray, mask: np.ndarray) -> tuple[_Region, np.ndarray] | None:
         """The tensor where the addresses that are not masked lie, and their places there; None if all are masked."""
         shape = np.broadcast_shapes(pointers.shape, mask.shape)
-        addresses = np.broadcast_to(pointers, shape)[np.broadcast_to(mask, shape).astype(bool)].reshape(-1)
+        addresses = np.broadcast_to(pointers, shape)[np.broadcast_to(mask, shape)].reshape(-1)
         if not addresses.size:
             return None
         for region in self.regions:
@@ -113,10 +116,12 @@ def watched() -> Iterator[None]:
         return call(self, *arguments, **options)
 
     def watched_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        mask.data = mask.data.astype(bool)
         watch.find("a read", pointers.data, mask.data)
         return load(self, pointers, mask, *rest)
 
     def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        mask.data = mask.data.astype(bool)
         watch.write(pointers.data, mask.data)
         return store(self, pointers, value, mask, *rest)
 
