@@ -67,7 +67,8 @@ def library(
     """The shared library of these .cu files, compiled where something has changed.
 
     Args:
-        flags: added for the sources, not for the emulator but for its own -DEVK_EMULATOR_...; ADDRESS and THREAD are the sanitizers'.
+        flags: added for the sources; ADDRESS and THREAD are the sanitizers'. The emulator itself takes its own
+            -DEVK_EMULATOR_... alone.
         includes: folders of headers, looked through after each file's own and before csrc/cuda.
         torch: compile against torch's stable ABI, as the op libraries are.
 

@@ -104,14 +104,19 @@ struct Product {
   double a[16][K], b[K][8];
 
   void add_to(void* const (&operands)[32]) const {
+    double d[16][8];
+    for_each_element(operands, [&](float& own, int row, int column) { d[row][column] = own; });
+    for (int row = 0; row < 16; ++row)
+      for (int k = 0; k < K; ++k)
+        for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
+    for_each_element(operands, [&](float& own, int row, int column) { own = static_cast<float>(d[row][column]); });
+  }
+
+  template <class F>
+  static void for_each_element(void* const (&operands)[32], F f) {
     for (int lane = 0; lane < 32; ++lane)
-      for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
-        float& d = static_cast<MmaOperand*>(operands[lane])->d[i];
-        double sum = d;
-        for (int k = 0; k < K; ++k) sum += a[row][k] * b[k][column];
-        d = static_cast<float>(sum);
-      }
+      for (int i = 0; i < 4; ++i)
+        f(static_cast<MmaOperand*>(operands[lane])->d[i], lane / 4 + 8 * (i / 2), 2 * (lane % 4) + i % 2);
   }
 };
 

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
-#include <string_view>
 #include <utility>
 
 uint3 threadIdx, blockIdx;
@@ -42,9 +41,10 @@ namespace {
                  text(threadIdx.x, threadIdx.y, threadIdx.z));
 }
 
+bool same_text(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
 bool same_place(const Site& a, const Site& b) {
-  return a.line() == b.line() && a.column() == b.column() &&
-         (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
+  return a.line() == b.line() && a.column() == b.column() && same_text(a.file_name(), b.file_name());
 }
 
 std::string deadlock() {
@@ -57,7 +57,7 @@ std::string deadlock() {
     const Fiber& fiber = *state.fibers[i];
     if (fiber.finished) continue;
     auto same = [&](const Place& place) {
-      return std::strcmp(place.first->waits_in, fiber.waits_in) == 0 && same_place(place.first->site, fiber.site);
+      return same_text(place.first->waits_in, fiber.waits_in) && same_place(place.first->site, fiber.site);
     };
     auto place = std::find_if(places.begin(), places.end(), same);
     if (place == places.end())
@@ -240,8 +240,8 @@ void meet(const Collective& collective, uint32_t mask, void* operand, Site site)
   Fiber& fiber = self();
   const int number = fiber.number / 32, lane = fiber.number % 32;
   Warp& warp = state.warps[number];
-  const std::string_view name = collective.name;
-  if (!(mask >> lane & 1)) fail_at(std::string(name) + ": the mask lacks the calling lane", site);
+  const char* name = collective.name;
+  if (!(mask >> lane & 1)) fail(name, "the mask lacks the calling lane", site);
   if (collective.aligned && warp.alive != ~0u)
     fail_at(std::string(name) + ": all 32 lanes of the warp must take part, " +
                 std::to_string(std::popcount(warp.alive)) + " are left",
@@ -251,7 +251,7 @@ void meet(const Collective& collective, uint32_t mask, void* operand, Site site)
     group.collective = &collective;
     group.mask = mask;
     group.site = site;
-  } else if (group.collective->name != name || group.mask != mask ||
+  } else if (!same_text(group.collective->name, name) || group.mask != mask ||
              (!collective.anywhere && !same_place(group.site, site))) {
     fail_at("different warp-wide calls meet: " + std::string(group.collective->name) + " at " + text(group.site) +
                 ", and " + std::string(name) + (group.mask != mask ? " with another mask" : ""),
