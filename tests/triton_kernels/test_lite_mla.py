@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import statistics
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from efficientvit_kernels import lite_mla
+from efficientvit_kernels import lite_mla, reference
 from efficientvit_kernels.testing import official_lite_mla, rule_t, triton_launches
 from efficientvit_kernels.triton_kernels import lite_mla_configs
+from efficientvit_kernels.triton_kernels.lite_mla import lite_mla_fwd
 from efficientvit_kernels.triton_kernels.pointwise import product_with_epilogue
 from tests.ops.block_common import Arguments, assert_all_ok, assert_equal_bits, in_dtype, mapped, results
 from tests.ops.common import HALF, as_layout, device_of
 from tests.ops.lite_mla_samples import ALL, SAMPLES, Sample, dtypes_are_kept, exact, judge, run
+from tests.ops.rounding import prescribed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = [torch.float32, *HALF]
@@ -47,6 +50,50 @@ def test_rule_t(sample: Sample, dtype: torch.dtype) -> None:
     arguments = sample.make(dtype)
     assert_all_ok(judge(arguments, "triton"))
     assert dtypes_are_kept(arguments, run(arguments, "triton", recompute=True))
+
+
+# One or two tiles side by side, one scale or two, both kinds of storage; IDENTITY is the first scale's.
+FORWARD = [(FUSED[0], torch.float32), (FUSED[1], torch.float16), (FUSED[2], torch.float32), (FUSED[2], torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("sample", "dtype"), FORWARD, ids=str)
+def test_forward(sample: Sample, dtype: torch.dtype) -> None:
+    """The forward alone, with programs that take several tiles, the last of them fewer; and what it saves."""
+    arguments = sample.make(dtype)
+    with patch.object(lite_mla_configs, "PROGRAMS", 3):
+        found = forward(arguments)
+        bases = [official_lite_mla(**arguments), *(prescribed(arguments, seed)["out"] for seed in range(2))]
+        truth = reference.lite_mla(**in_dtype(arguments, torch.float64))
+        verdict = rule_t(found, truth, max(bases, key=lambda base: float((base.double() - truth).abs().max())))
+        assert verdict.ok, verdict
+        names = ("qkv_weight", "depthwise_weights", "pointwise_weights", "proj_weight", "qkv_bias")
+        names += ("depthwise_biases", "pointwise_biases")
+        device = device_of("triton")
+        placed = mapped(arguments, lambda _, tensor: tensor.to(device))
+        placed |= {name: placed.get(name, []) for name in names[5:]}
+        inputs = [placed.get(name) for name in ("x", *names)]
+        epilogue = [placed.get(name) for name in ("proj_scale", "proj_shift", "residual")]
+        y, qkv, state = lite_mla_fwd(*inputs, *epilogue, sample.head_dim, sample.eps, True)
+    assert torch.equal(y.cpu(), found)
+    assert torch.allclose(state.cpu().double(), *state_and_tolerance(qkv.cpu(), arguments, dtype))
+
+
+def state_and_tolerance(
+    qkv: torch.Tensor, arguments: Arguments, dtype: torch.dtype
+) -> tuple[torch.Tensor, float, float]:
+    """Of the stored qkv, in float64; its largest sum of absolute terms times the roundings of both operands.
+
+    16 bits: to 11 bits, of sums of up to a hundred terms that may cancel, hence 8 roundings; float32: as many of 24.
+    """
+    names = ("depthwise_weights", "pointwise_weights", "depthwise_biases", "pointwise_biases")
+    weights = in_dtype({name: arguments.get(name) for name in names}, torch.float64)
+    qkv, head_dim = qkv.double(), arguments["head_dim"]
+    maps = [qkv, *reference.multiscale_aggregate(qkv, **weights, head_dim=head_dim)]
+    _, k, v = torch.cat(maps, dim=1).reshape(qkv.shape[0], -1, 3 * head_dim, qkv[0, 0].numel()).split(head_dim, dim=2)
+    k = k.relu()
+    state = torch.cat([v @ k.mT, k.sum(dim=-1).unsqueeze(2)], dim=2)
+    largest = float(torch.maximum(v.abs() @ k.mT, k.sum(dim=-1).unsqueeze(2)).max())
+    return state, 0.0, 8 * (2.0**-24 if dtype == torch.float32 else 2.0**-11) * largest
 
 
 @pytest.mark.nightly
