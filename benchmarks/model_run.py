@@ -82,10 +82,15 @@ def print_tables(rows: list[Row], markdown: bool) -> None:
     for title, lines in (
         ("medians in ms", time_lines(here)),
         ("what LiteMLA's share and speed-up predict, and what came of it", prediction_lines(here)),
+        (
+            "the same in processor time",
+            prediction_lines([r | r["processor_time"] for r in here if "processor_time" in r]),
+        ),
         ("peak memory in MiB, beside weights and input", memory_lines(here)),
     ):
-        print(f"\n{title}\n")
-        print("\n".join(format_table(lines, markdown)))
+        if len(lines) > 1:
+            print(f"\n{title}\n")
+            print("\n".join(format_table(lines, markdown)))
     left_out = {f"{name}: {reason}" for row in rows for name, reason in row["left_out"].items()}
     notes = {f"{name}: {note}" for row in rows for name, note in row.get("notes", {}).items()}
     for word, texts in (("left out", left_out), ("note", notes)):

@@ -13,6 +13,9 @@ resamplings of the rounds, 5 to 95 %. Where the share is small the gain is withi
 Alone, a small layer finds its weights in a cache, where in the model it reads them from memory: its speed-up is larger
 alone. So the same is predicted from times that hooks take in the model, too ("inside"); what is then missing from the
 gain, the rest of the model has lost.
+
+On one thread the same figures are taken from processor time, too ("processor_time"): where other programs run beside it
+they scatter less than the time that passes, and hold no waiting. On more threads waiting costs processor time.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.model_cases import CASES, ModelCase, fused_copy, lite_mla_paths, make_reference
 from benchmarks.peers import compiled, fold, make_peers
 from benchmarks.providers import LAYOUTS, Provider, Settings, Step, random_tensors, tensors, torch_provider
-from benchmarks.timing import Samples, median_seconds, ratios, shuffled_blocks
+from benchmarks.timing import COUNTED_CALLS, Samples, median_seconds, ratios, shuffled_blocks
 from efficientvit_kernels.testing import native_calls, rule_t, triton_launches
 from efficientvit_kernels.verify import record_inputs
 
@@ -101,7 +104,10 @@ def measure_model(
     with torch.no_grad():
         rounds = rounds or rounds_of(case, work.providers["eager"].bind(work.inputs(0), []))
         row["rounds"] = rounds
-        row |= figures(shuffled_blocks(lambda number: _steps(work, number), rounds, training=False))
+        processor: dict[str, list[float]] = {}
+        row |= figures(shuffled_blocks(lambda number: _steps(work, number, processor), rounds, training=False))
+        if device == "cpu" and settings.threads == 1:
+            row["processor_time"] = figures(counted(processor))
         row["memory"] = {name: _peak(work, provider) for name, provider in _measurable(work).items()}
         if device == "cpu":
             row["inside"] = inside(work, rounds)
@@ -193,8 +199,11 @@ def rounds_of(case: ModelCase, step: Step) -> int:
     return min(MOST_ROUNDS, max(LEAST_ROUNDS, round(case.seconds / (time.perf_counter() - start))))
 
 
-def _steps(work: ModelWork, number: int) -> dict[str, Step]:
-    """Every provider on the round's images, and the LiteMLAs alone on what they get of them."""
+def _steps(work: ModelWork, number: int, processor: dict[str, list[float]]) -> dict[str, Step]:
+    """Every provider on the round's images, and the LiteMLAs alone on what they get of them.
+
+    Each call's seconds of processor time are added to `processor`.
+    """
     inputs = work.inputs(number)
     steps = {name: provider.bind(inputs, []) for name, provider in work.providers.items()}
     paths, eager = lite_mla_paths(work.models["eager"]), work.models["eager"]
@@ -204,7 +213,27 @@ def _steps(work: ModelWork, number: int) -> dict[str, Step]:
     for name, who in zip(LAYERS, ("eager", "ours"), strict=True):
         pairs = [(work.models[who].get_submodule(path), given[path]) for path in paths]
         steps[name] = _synchronised(work.device, lambda pairs=pairs: [layer(x) for layer, x in pairs])  # type: ignore[misc]
-    return steps | {AGAIN: work.providers["eager"].bind(inputs, [])}
+    steps[AGAIN] = work.providers["eager"].bind(inputs, [])
+    return {name: _noting(step, processor.setdefault(name, [])) for name, step in steps.items()}
+
+
+def _noting(step: Step, seconds: list[float]) -> Step:
+    def noted() -> object:
+        start = time.process_time()
+        out = step()
+        seconds.append(time.process_time() - start)
+        return out
+
+    return noted
+
+
+def counted(processor: dict[str, list[float]]) -> Samples:
+    """Blocks of the counted calls: the first call of each block is not one."""
+    length = 1 + COUNTED_CALLS
+    return {
+        name: [seconds[i + 1 : i + length] for i in range(0, len(seconds), length)]
+        for name, seconds in processor.items()
+    }
 
 
 def _synchronised(device: torch.device, step: Step) -> Step:

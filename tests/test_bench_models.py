@@ -83,6 +83,10 @@ def test_interval_holds_the_value_and_shows_the_noise() -> None:
     assert low < found["gain_reached"] < high
 
 
+def test_first_calls_of_blocks_do_not_count() -> None:
+    assert models.counted({"a": [9.0, 1.0, 2.0, 9.0, 3.0, 4.0]}) == {"a": [[1.0, 2.0], [3.0, 4.0]]}
+
+
 def test_figures_by_hand() -> None:
     seconds = {"eager": 8.0, "eager_again": 8.0, "torch.compile": 6.0, "ours": 6.4, "ours_compiled": 4.0}
     layers = {"layers_eager": 4.0, "layers_ours": 2.0}
@@ -145,10 +149,15 @@ def test_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     names = {"eager", "eager_folded", "eager_again", "ours", "ours_folded", "layers_eager", "layers_ours"}
     assert set(row["samples_ms"]) == names
     assert all([len(block) for block in blocks] == [2, 2] for blocks in row["samples_ms"].values())
+    processor = row["processor_time"]
+    assert set(processor["samples_ms"]) == names
+    assert all([len(block) for block in blocks] == [2, 2] for blocks in processor["samples_ms"].values())
+    assert processor["median_ms"]["ours"] > 0
     assert row["memory"]["ours"] > 0
     assert content["summary"]["least_at"] == "tiny"
     text = capsys.readouterr().out
-    assert "gain reached" in text
+    assert text.count("gain reached") == 2
+    assert "the same in processor time" in text
     assert "left out: " not in text
     assert model_run.summary([{"failed": "x"}]) is None
 
