@@ -1,5 +1,6 @@
 // Launches: the device's limits, the order of the blocks, shared memory.
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -16,6 +17,18 @@ namespace {
 
 constexpr size_t kRedZone = 1024;
 
+// What lies around shared memory is NaN in 16 and 32 bits; a signalling one, where arithmetic makes another of it, so
+// that even adding to it leaves a trace.
+std::array<unsigned char, kRedZone + 1> red_bytes() {
+  std::array<unsigned char, kRedZone + 1> bytes;
+  for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = i % 2 ? 0x7f : 0xa5;
+  return bytes;
+}
+const std::array<unsigned char, kRedZone + 1> kRedBytes = red_bytes();
+const unsigned char* red_bytes_at(const unsigned char* p) {
+  return kRedBytes.data() + reinterpret_cast<uintptr_t>(p) % 2;
+}
+
 int64_t launch_count = 0;
 
 // Shared memory between two red zones. ThreadSanitizer needs a new piece for each block, as it would take what the
@@ -29,17 +42,18 @@ class SharedMemory {
     if (__tsan_acquire && used_) add();
     used_ = true;
     unpoison();
-    std::memset(zone(), 0xff, 2 * kRedZone + bytes_);
+    std::memset(zone() + kRedZone, 0xff, bytes_);
     state.shared = zone() + kRedZone;
     state.shared_bytes = bytes_;
-    if (!__asan_poison_memory_region) return;
-    __asan_poison_memory_region(zone(), kRedZone);
-    __asan_poison_memory_region(zone() + kRedZone + bytes_, kRedZone);
+    for (unsigned char* red : {zone(), zone() + kRedZone + bytes_}) {
+      std::memcpy(red, red_bytes_at(red), kRedZone);
+      if (__asan_poison_memory_region) __asan_poison_memory_region(red, kRedZone);
+    }
   }
 
   void end_block() {
     unpoison();
-    auto intact = [](const unsigned char* p) { return std::all_of(p, p + kRedZone, [](auto b) { return b == 0xff; }); };
+    auto intact = [](const unsigned char* red) { return std::memcmp(red, red_bytes_at(red), kRedZone) == 0; };
     if (!intact(zone())) throw error_of("something was written before shared memory, " + block_text());
     if (!intact(zone() + kRedZone + bytes_))
       throw error_of("something was written after shared memory of " + std::to_string(bytes_) + " bytes, " +
