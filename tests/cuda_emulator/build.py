@@ -62,7 +62,13 @@ def sanitizer_runtimes(flags: Sequence[str]) -> list[str] | None:
 
 
 def library(
-    sources: Sequence[Path], name: str, flags: Sequence[str] = (), includes: Sequence[Path] = (), torch: bool = False
+    sources: Sequence[Path],
+    name: str,
+    flags: Sequence[str] = (),
+    includes: Sequence[Path] = (),
+    *,
+    torch: bool = False,
+    scratch: Path | None = None,
 ) -> Path:
     """The shared library of these .cu files, compiled where something has changed.
 
@@ -71,6 +77,7 @@ def library(
             -DEVK_EMULATOR_... alone.
         includes: folders of headers, looked through after each file's own and before csrc/cuda.
         torch: compile against torch's stable ABI, as the op libraries are.
+        scratch: a folder for what is not under build/cuda_emulator already; the caller removes it.
 
     Raises RuntimeError with the compiler's words, or when the compiler or CUDA's headers are missing.
     """
@@ -82,10 +89,10 @@ def library(
         (EMULATOR / file, [*FLAGS, "-O2"]) for file in ("launch.cpp", "scheduler.cpp", "fibers.cpp", "collectives.cpp")
     ]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
-        objects = list(pool.map(lambda job: _object(job[0], job[1], folders), jobs))
+        objects = list(pool.map(lambda job: _object(job[0], job[1], folders, scratch), jobs))
     key = _digest(*sorted(path.name for path in objects), *link_flags)
     # No rpath: torch is there before the library is loaded.
-    return _made(BUILD / f"{name}-{key}.so", [_compiler(), "-shared", *map(str, objects), *link_flags])
+    return _made(BUILD / f"{name}-{key}.so", [_compiler(), "-shared", *map(str, objects), *link_flags], scratch)
 
 
 def _compiler() -> str:
@@ -115,14 +122,14 @@ def _torch_link_flags() -> tuple[str, ...]:
     return (*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10")
 
 
-def _object(source: Path, flags: Sequence[str], folders: Sequence[Path]) -> Path:
+def _object(source: Path, flags: Sequence[str], folders: Sequence[Path], scratch: Path | None) -> Path:
     cuda = cuda_include()
     if cuda is None:
         raise RuntimeError("cuda emulator: CUDA's headers not found: set CUDA_HOME, or install nvidia-cuda-runtime")
     texts = [path.read_text() for path in _with_headers(source, folders)]
     key = _digest(*texts, *flags, str(cuda), _compiler_version(_compiler()))
     command = [_compiler(), *flags, *(f"-I{folder}" for folder in folders), f"-isystem{cuda}"]
-    return _made(BUILD / "objects" / f"{source.stem}-{key}.o", [*command, "-x", "c++", "-c", str(source)])
+    return _made(BUILD / "objects" / f"{source.stem}-{key}.o", [*command, "-x", "c++", "-c", str(source)], scratch)
 
 
 def _with_headers(source: Path, folders: Sequence[Path]) -> list[Path]:
@@ -141,10 +148,12 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _made(product: Path, command: Sequence[str]) -> Path:
+def _made(product: Path, command: Sequence[str], scratch: Path | None) -> Path:
     """`product`, by `command` where it does not exist. Two processes may make it at once: each renames its own file."""
     if product.exists():
         return product
+    if scratch:
+        product = scratch / product.name
     product.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=product.parent) as folder:
         part = Path(folder) / product.name

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,31 +29,36 @@ class Sample:
         flags += {"address": build.ADDRESS, "thread": build.THREAD, "": ()}[self.sanitized]
         self.library = _loaded(build.library([SAMPLES / f"{name}.cu"], f"sample_{name}", flags, [SAMPLES]))
 
-    def run(
-        self,
-        kernel: str,
-        inputs: torch.Tensor,
-        outputs: int | torch.Tensor,
-        *,
-        grid: Sequence[int] = (1,),
-        block: Sequence[int] = (32,),
-        shared: int = 0,
-        a: int = 0,
-        b: int = 0,
-    ) -> torch.Tensor:
-        """Launches `kernel(inputs, out, a, b)` and returns out, new and NaN unless given; 4-byte elements.
+    def run(self, kernel: str, inputs: torch.Tensor, outputs: int | torch.Tensor, **options: Any) -> torch.Tensor:
+        """`run` of this sample's library."""
+        return run(self.library, kernel, inputs, outputs, **options)
 
-        Raises RuntimeError with the emulator's words.
-        """
-        out = torch.full((outputs,), float("nan")) if isinstance(outputs, int) else outputs
-        assert inputs.is_contiguous()
-        assert out.is_contiguous()
-        assert inputs.element_size() == out.element_size() == 4
-        function = getattr(self.library, f"run_{kernel}")
-        function.restype = ctypes.c_char_p
-        dims = [*grid, *[1] * (3 - len(grid)), *block, *[1] * (3 - len(block))]
-        pointers = (ctypes.c_void_p(inputs.data_ptr()), ctypes.c_void_p(out.data_ptr()))
-        words = function((ctypes.c_uint * 6)(*dims), ctypes.c_size_t(shared), *pointers, a, b)
-        if words is not None:
-            raise RuntimeError(words.decode())
-        return out
+
+def run(
+    library: ctypes.CDLL,
+    kernel: str,
+    inputs: torch.Tensor,
+    outputs: int | torch.Tensor,
+    *,
+    grid: Sequence[int] = (1,),
+    block: Sequence[int] = (32,),
+    shared: int = 0,
+    a: int = 0,
+    b: int = 0,
+) -> torch.Tensor:
+    """Launches `kernel(inputs, out, a, b)` and returns out, new and NaN unless given; elements have 4 bytes.
+
+    Raises RuntimeError with the emulator's words.
+    """
+    out = torch.full((outputs,), float("nan")) if isinstance(outputs, int) else outputs
+    assert inputs.is_contiguous()
+    assert out.is_contiguous()
+    assert inputs.element_size() == out.element_size() == 4
+    function = getattr(library, f"run_{kernel}")
+    function.restype = ctypes.c_char_p
+    dims = [*grid, *[1] * (3 - len(grid)), *block, *[1] * (3 - len(block))]
+    pointers = (ctypes.c_void_p(inputs.data_ptr()), ctypes.c_void_p(out.data_ptr()))
+    words = function((ctypes.c_uint * 6)(*dims), ctypes.c_size_t(shared), *pointers, a, b)
+    if words is not None:
+        raise RuntimeError(words.decode())
+    return out

@@ -1,0 +1,1 @@
+#include "gram.cuh"
