@@ -29,11 +29,13 @@ DEVICE_CODE = _build.ROOT / "csrc" / "cuda"
 BUILD = _build.ROOT / "build" / "cuda_emulator"
 
 # -O1: half the compile time of -O2. No contraction, as results must not depend on the CPU. Hidden and not unique: two
-# libraries in one process, one of them with a fault, must not share functions.
+# libraries in one process, one of them with a fault, must not share functions. Local variables that nobody sets are
+# -1.7e38 rather than what a thread before has left (GCC 12; other compilers may not know the flag).
 FLAGS = (
     *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas"),
 )
+SET_VARIABLES = "-ftrivial-auto-var-init=pattern"
 ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1")
 THREAD = ("-fsanitize=thread", "-g1")
 
@@ -82,7 +84,7 @@ def library(
     Raises RuntimeError with the compiler's words, or when the compiler or CUDA's headers are missing.
     """
     folders = [*includes, DEVICE_CODE, EMULATOR]
-    own_flags = [*FLAGS, *flags, *(_torch_flags() if torch else ())]
+    own_flags = [*FLAGS, *if_known(SET_VARIABLES), *flags, *(_torch_flags() if torch else ())]
     link_flags = [*flags, "-Wl,-Bsymbolic", *(_torch_link_flags() if torch else ())]
     jobs = [(source, own_flags) for source in sources]
     jobs += [
@@ -104,6 +106,12 @@ def _compiler() -> str:
 @cache
 def _compiler_version(compiler: str) -> str:
     return subprocess.check_output([compiler, "--version"], text=True)
+
+
+@cache
+def if_known(flag: str) -> tuple[str, ...]:
+    command = [_compiler(), "-Werror", flag, "-fsyntax-only", "-x", "c++", os.devnull]
+    return (flag,) if subprocess.run(command, capture_output=True, check=False).returncode == 0 else ()
 
 
 @cache

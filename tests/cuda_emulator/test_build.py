@@ -78,7 +78,7 @@ def test_an_op_on_the_stable_abi() -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("sample", ["errors", "faults", "intrinsics", "ptx"])
+@pytest.mark.parametrize("sample", ["errors", "faults", "gram", "intrinsics", "ptx"])
 def test_nvcc_compiles_the_samples(tmp_path: Path, sample: str, arch: str) -> None:
     if (nvcc := shutil.which("nvcc")) is None:
         pytest.skip("needs nvcc")
@@ -86,7 +86,8 @@ def test_nvcc_compiles_the_samples(tmp_path: Path, sample: str, arch: str) -> No
     command += [str(SAMPLES / f"{sample}.cu"), "-o", str(tmp_path / "sample.cubin")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    kernels = re.findall(r"EVK_SAMPLE\((\w+)\)", (SAMPLES / f"{sample}.cu").read_text())
+    source = SAMPLES / ("gram.cuh" if sample == "gram" else f"{sample}.cu")
+    kernels = re.findall(r"EVK_SAMPLE\((\w+)\)", source.read_text())
     symbols = (tmp_path / "sample.cubin").read_bytes()
     assert kernels
     assert all(kernel.encode() in symbols for kernel in kernels)

@@ -93,6 +93,54 @@ def test_atomics(intrinsics: Sample, order: str) -> None:
     assert out[3:99].max() < x.sum()
 
 
+def ranks(intrinsics: Sample, blocks: int = 1) -> list[int]:
+    """How many of the block's threads came before each, at an atomic counter."""
+    out = intrinsics.run("atomics", torch.zeros(96), torch.zeros(3 + 3 * 96), grid=(blocks,), block=(96,), shared=8)
+    return [round(-rank) for rank in out[3 + 96 : 3 + 192].tolist()]
+
+
+def test_order_of_threads(intrinsics: Sample, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = ranks(intrinsics)
+    assert sorted(found) == list(range(96))
+    assert (found == list(range(96))) == (order == "forward")
+    assert (found == list(range(95, -1, -1))) == (order == "reverse")
+    assert ranks(intrinsics) == found
+    monkeypatch.setenv("EVK_EMULATOR_SEED", "6")
+    assert (ranks(intrinsics) == found) == (order != "random")
+
+
+def test_order_of_blocks(intrinsics: Sample, order: str) -> None:
+    """The last block to write its index leaves it."""
+    out = intrinsics.run("last_block", torch.zeros(1), 1, grid=(5, 4), block=(1,))
+    assert order == "random" or out.item() == (19 if order == "forward" else 0)
+    first = intrinsics.run("last_block", torch.zeros(1), 1, grid=(5, 4), block=(1,), a=1)
+    assert order == "random" or first.item() == (0 if order == "forward" else 19)
+    assert order != "random" or (first.item(), out.item()) not in {(0, 19), (19, 0)}
+
+
+def test_launches_are_counted(intrinsics: Sample) -> None:
+    before = intrinsics.library.launches()
+    intrinsics.run("unwritten", torch.zeros(1), 64, grid=(2,), shared=128)
+    with pytest.raises(RuntimeError, match="launch failed"):
+        intrinsics.run("unwritten", torch.zeros(1), 64, grid=(0,), shared=128)
+    assert intrinsics.library.launches() == before + 1
+
+
+def test_the_device_can_be_set(intrinsics: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    intrinsics.library.set_shared_limit(1000)
+    with pytest.raises(RuntimeError, match="1001 bytes of shared memory, the device has 1000 per block"):
+        intrinsics.run("unwritten", torch.zeros(1), 32, shared=1001)
+    for arch in ("90", ""):  # a new value of the environment replaces it
+        monkeypatch.setenv("EVK_EMULATOR_ARCH", arch)
+        intrinsics.run("unwritten", torch.zeros(1), 32, shared=227 * 1024)
+
+
+def test_unset_variables_are_not_what_was_there(intrinsics: Sample) -> None:
+    if not build.if_known(build.SET_VARIABLES):
+        pytest.skip("the compiler has no flag for it")
+    assert (intrinsics.run("unset", torch.zeros(1), 32, a=3).abs() > 1e38).all()
+
+
 def test_extremes(intrinsics: Sample) -> None:
     pairs = torch.tensor([[1.0, -1.0, NAN, 5.0, -3.0, 0.0, 7.0, 8.0], [2.0, 4.0, 3.0, NAN, -2.0, -1.0, 7.0, 6.0]])
     out = intrinsics.run("extremes", pairs, 6 * 8, block=(8,)).reshape(6, 8)

@@ -110,6 +110,19 @@ __global__ void unwritten(const float*, float* out, int, int) {
   values[threadIdx.x] = 1.0f;
 }
 
+// out[0]: the index of the block that came last, or with `first` that of the first.
+__global__ void last_block(const float*, float* out, int first, int) {
+  if (!first || isnan(out[0])) out[0] = static_cast<float>(blockIdx.x + gridDim.x * blockIdx.y);
+}
+
+// A variable that nobody has set, after another function has used the stack. out [threads].
+__device__ float unset_variable(int index) {
+  float values[8];
+  return values[index];
+}
+
+__global__ void unset(const float*, float* out, int index, int) { out[threadIdx.x] = unset_variable(index); }
+
 EVK_SAMPLE(indices)
 EVK_SAMPLE(shuffles)
 EVK_SAMPLE(split_warp)
@@ -118,3 +131,12 @@ EVK_SAMPLE(atomics)
 EVK_SAMPLE(extremes)
 EVK_SAMPLE(early_exit)
 EVK_SAMPLE(unwritten)
+EVK_SAMPLE(last_block)
+EVK_SAMPLE(unset)
+
+#if !defined(__CUDACC__)
+extern "C" __attribute__((visibility("default"))) int64_t launches() { return emulator::launches(); }
+extern "C" __attribute__((visibility("default"))) void set_shared_limit(int bytes) {
+  emulator::device().max_shared_per_block = bytes;
+}
+#endif
