@@ -24,7 +24,7 @@ class NinjaBuildExt(build_ext):
 
     def get_outputs(self):
         out_dir = Path(self.build_lib) / "efficientvit_kernels"
-        return [str(out_dir / name) for name in (_build.CPU_LIBRARY, _build.INTROSPECTION_MODULE)]
+        return [str(out_dir / library.name) for library in _build.libraries()]
 
     def get_output_mapping(self):
         return {}

@@ -4,14 +4,18 @@
 
 Products, next to this file:
   libefficientvit_kernels_cpu.so   the CPU ops, on libtorch's stable ABI: one binary for every torch from FLOOR on
+  libefficientvit_kernels_cuda.so  the CUDA ops, where nvcc is; a CPU-only torch cannot load it
   _C*.so                           pybind11, introspection only; the package works without it
-The CUDA ops get a library of their own (it needs libtorch_cuda, which a CPU-only torch lacks).
+
+FORCE_CUDA=1 makes a missing nvcc an error, FORCE_CUDA=0 leaves the CUDA ops out.
+EFFICIENTVIT_KERNELS_CUDA_ARCHS names the compute capabilities to compile for, e.g. "80;86;90".
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_FLOOR = (2, 11)
 CPU_LIBRARY = "libefficientvit_kernels_cpu.so"
+CUDA_LIBRARY = "libefficientvit_kernels_cuda.so"
 INTROSPECTION_MODULE = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 
 # No -ffast-math: it breaks NaN propagation and the eps of 1e-15.
@@ -33,14 +38,23 @@ ISA_FLAGS = {
 }
 
 
+# Machine code for 8.0 also runs on 8.6 and 8.9, and the PTX that comes with the last one is compiled on a newer GPU at
+# its first launch; a wheel for others has them all.
+DEVELOPMENT_ARCHS = ("80", "90")
+ALL_ARCHS = ("80", "86", "89", "90", "100", "120")
+# Line information costs nothing at run time and lets a profiler name lines. No --use_fast_math, as above.
+NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+
+
 @dataclass(frozen=True)
 class Library:
-    """One shared library: sources (with their own flags) and what it links to."""
+    """One shared library: sources (with their own flags) and what it links to. rule: of the ninja file."""
 
     name: str
     sources: list[Path]
     flags: list[str]
     link_flags: list[str]
+    rule: str = "compile"
 
 
 def compiler() -> str | None:
@@ -51,20 +65,72 @@ def compiler() -> str | None:
     return None
 
 
+def nvcc() -> str | None:
+    """Path of the CUDA compiler: $CUDA_HOME's, else the one on the PATH; None if there is none, or FORCE_CUDA is 0.
+
+    Raises RuntimeError if FORCE_CUDA is 1 and there is none.
+    """
+    force = os.environ.get("FORCE_CUDA")
+    if force not in (None, "0", "1"):
+        raise RuntimeError(f"FORCE_CUDA must be 0 or 1, got {force!r}")
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
+    found = found or shutil.which("nvcc")
+    if force == "1" and found is None:
+        raise RuntimeError("FORCE_CUDA is 1, but nvcc was not found: set CUDA_HOME, or install the CUDA toolkit")
+    return None if force == "0" else found
+
+
+def cuda_archs() -> list[str]:
+    """Compute capabilities to compile for, "80", "90", ..., in ascending order."""
+    wanted = os.environ.get("EFFICIENTVIT_KERNELS_CUDA_ARCHS")
+    archs = re.split(r"[;,\s]+", wanted.strip()) if wanted else list(DEVELOPMENT_ARCHS)
+    if not all(re.fullmatch(r"\d{2,3}", arch) and int(arch) >= 80 for arch in archs):
+        raise RuntimeError(f"EFFICIENTVIT_KERNELS_CUDA_ARCHS must be like '80;90', 80 or above, got {wanted!r}")
+    return sorted(set(archs), key=int)
+
+
+def check_cuda_version(nvcc_says: str, torch_cuda: str | None) -> None:
+    """Raises RuntimeError where nvcc and the CUDA that torch was built for differ in their major version."""
+    found = re.search(r"release (\d+)\.(\d+)", nvcc_says)
+    if found is None:
+        raise RuntimeError(f"nvcc --version must name its release, got {nvcc_says!r}")
+    if torch_cuda is not None and found[1] != torch_cuda.split(".")[0]:
+        raise RuntimeError(
+            f"nvcc must be of CUDA {torch_cuda.split('.')[0]}, as torch is, got {found[1]}.{found[2]}: "
+            "set CUDA_HOME, or FORCE_CUDA=0 to build without the CUDA kernels"
+        )
+
+
 def libraries() -> list[Library]:
     import pybind11
+    import torch
     from torch.utils.cpp_extension import include_paths, library_paths
 
     major, minor = TORCH_FLOOR
-    torch_includes = [f"-isystem{path}" for path in include_paths()]
-    cpu = Library(
-        CPU_LIBRARY,
-        sorted((ROOT / "csrc" / "cpu").glob("*.cpp")),
-        [*torch_includes, f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"],
-        [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"],
-    )
+    torch_flags = [f"-isystem {path}" for path in include_paths()]  # nvcc wants the space
+    torch_flags.append(f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000")
+    torch_links = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+    found = [Library(CPU_LIBRARY, sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), torch_flags, torch_links)]
+    if (compiler := nvcc()) is not None and (os.environ.get("FORCE_CUDA") == "1" or torch.version.cuda is not None):
+        found.append(_cuda_library(compiler, torch_flags, library_paths()))
     flags = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
-    return [cpu, Library(INTROSPECTION_MODULE, [ROOT / "csrc" / "module.cpp"], flags, [])]
+    return [*found, Library(INTROSPECTION_MODULE, [ROOT / "csrc" / "module.cpp"], flags, [])]
+
+
+def _cuda_library(compiler: str, torch_flags: list[str], torch_folders: list[str]) -> Library:
+    import torch
+
+    check_cuda_version(subprocess.check_output([compiler, "--version"], text=True), torch.version.cuda)
+    archs = cuda_archs()
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    flags = [*torch_flags, *codes]
+    # Of libtorch_cuda the linker needs the name alone, so that this builds beside a CPU-only torch, too.
+    runtime = Path(compiler).resolve().parent.parent / "lib64"
+    links = [*(f"-L{path}" for path in torch_folders), "-ltorch_cpu", "-lc10", f"-L{runtime}"]
+    links += ["-Wl,--no-as-needed", "$stub", "-Wl,--as-needed", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    return Library(CUDA_LIBRARY, sorted((ROOT / "csrc" / "cuda").glob("*.cu")), flags, links, "compile_cuda")
 
 
 def _source_flags(source: Path) -> list[str]:
@@ -82,8 +148,17 @@ def write_ninja(build_dir: Path, out_dir: Path) -> Path:
         f"  command = $cxx -MMD -MF $out.d {' '.join(COMMON_FLAGS)} $flags {extra} -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
+        f"nvcc = {nvcc()}",
+        "rule compile_cuda",
+        f"  command = $nvcc -MMD -MF $out.d {' '.join(NVCC_FLAGS)} $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
         "rule link",
         f"  command = $cxx -shared {extra} $in -o $out $flags",
+        f"stub = {build_dir / 'libtorch_cuda.so'}",
+        "rule stub",
+        "  command = $cxx -shared -x c++ /dev/null -Wl,-soname,libtorch_cuda.so -o $out",
+        "build $stub: stub",
     ]
     for library in libraries():
         objects = []
@@ -91,9 +166,9 @@ def write_ninja(build_dir: Path, out_dir: Path) -> Path:
             obj = build_dir / library.name / (source.stem + ".o")
             objects.append(str(obj))
             flags = " ".join([*library.flags, *_source_flags(source)])
-            lines += [f"build {obj}: compile {source}", f"  flags = {flags}"]
+            lines += [f"build {obj}: {library.rule} {source}", f"  flags = {flags}"]
         lines += [
-            f"build {out_dir / library.name}: link {' '.join(objects)}",
+            f"build {out_dir / library.name}: link {' '.join(objects)} | $stub",
             f"  flags = {' '.join(library.link_flags)}",
         ]
     build_dir.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,7 @@ from typing import Any
 import torch
 
 from . import __version__, _library
-from .ops._backends import DEVICE_OF_BACKEND, choose, why_not
-
-OPS = ("relu_linear_attention", "multiscale_aggregate", "lite_mla")
+from .ops._backends import DEVICE_OF_BACKEND, OPS, choose, why_not
 
 
 @dataclass(frozen=True)

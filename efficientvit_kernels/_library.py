@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
-from ._build import CPU_LIBRARY
+from ._build import CPU_LIBRARY, CUDA_LIBRARY
 
 OLDEST_TRITON = (3, 6)
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 HOW_TO_BUILD = "build it with `pip install --no-build-isolation .` from the source folder (needs a C++ compiler)"
+HOW_TO_BUILD_CUDA = f"{HOW_TO_BUILD[:-1]}, and nvcc of the CUDA that torch is built for)"
 
 # What "auto" means in this process. Names given in code are never overridden.
 DEFAULT_BACKEND = os.environ.get("EFFICIENTVIT_KERNELS_BACKEND", "auto")
@@ -32,17 +33,27 @@ if DEFAULT_BACKEND not in ("auto", *BACKENDS):
     )
 
 
-def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
-    """The library at `path` with its ops registered, or None and the reason."""
+def _load(name: str, how_to_build: str) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library of that name with its ops registered, or None and the reason."""
+    path = Path(__file__).with_name(name)
     if not path.exists():
-        return None, f"{path.name} was not built: {HOW_TO_BUILD}"
+        return None, f"{name} was not built: {how_to_build}"
     if _is_truncated(path):
-        return None, f"{path.name} is truncated: {HOW_TO_BUILD}"
+        return None, f"{name} is truncated: {how_to_build}"
     try:
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]
         return ctypes.CDLL(str(path)), None
     except (OSError, RuntimeError) as error:  # another platform, a truncated file, a torch below the floor
-        return None, f"{path.name} does not load into torch {torch.__version__} ({error}): {HOW_TO_BUILD}"
+        return None, f"{name} does not load into torch {torch.__version__} ({error}): {how_to_build}"
+
+
+def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
+    """The CUDA library, which needs the CPU library's definitions of the ops, and torch's CUDA library."""
+    if torch.version.cuda is None:
+        return None, f"torch {torch.__version__} has no CUDA"
+    if WHY_NOT_CPU is not None:
+        return None, f"{CUDA_LIBRARY} needs the CPU kernels beside it: {WHY_NOT_CPU}"
+    return _load(CUDA_LIBRARY, HOW_TO_BUILD_CUDA)
 
 
 def _is_truncated(path: Path) -> bool:
@@ -60,11 +71,13 @@ def _is_truncated(path: Path) -> bool:
     return bool(start + entry_size * entries > size)
 
 
-_cpu, WHY_NOT_CPU = _load(Path(__file__).with_name(CPU_LIBRARY))
+_cpu, WHY_NOT_CPU = _load(CPU_LIBRARY, HOW_TO_BUILD)
 WHY_NOT_TRITON: str | None = None if importlib.util.find_spec("triton") else "triton is not installed"
 # Triton's interpreter runs the kernels on CPU tensors, slowly: for tests, and only where the backend is named.
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-WHY_NOT_CUDA: str | None = "this version has no CUDA kernels"
+_cuda, WHY_NOT_CUDA = _load_cuda()
+# The tests' emulator runs the CUDA kernels on CPU tensors, and sets this: only where the backend is named.
+CUDA_EMULATED = False
 
 if WHY_NOT_CPU is not None:
     warnings.warn(f"efficientvit_kernels runs without its CPU kernels: {WHY_NOT_CPU}", RuntimeWarning, stacklevel=2)
@@ -96,6 +109,37 @@ def _ask_triton(device_type: str) -> str | None:
     return None
 
 
+def why_not_run_cuda(device_type: str) -> str | None:
+    """Why the CUDA kernels cannot run on the current device; traced code takes the answer as a constant."""
+    return _ask_cuda(device_type)
+
+
+why_not_run_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _ask_cuda(device_type: str) -> str | None:
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    archs = cuda_archs()
+    if (major, minor) < (8, 0) or not archs:
+        return f"it needs compute capability 8.0 or newer, this GPU has {major}.{minor}"
+    # Machine code runs on later minor versions of its major one, the PTX of the last on everything later.
+    codes = [divmod(arch, 10) for arch in archs]
+    if (major, minor) >= codes[-1] or any(code[0] == major and code[1] <= minor for code in codes):
+        return None
+    return f"it was compiled for {', '.join(f'{a}.{b}' for a, b in codes)}, this GPU has {major}.{minor}"
+
+
+def cuda_archs() -> list[int]:
+    """What the CUDA library was compiled for, as 10 * major + minor, ascending; none without the library."""
+    if _cuda is None:
+        return []
+    _cuda.efficientvit_kernels_cuda_archs.restype = ctypes.c_char_p
+    return [int(arch) // 10 for arch in _cuda.efficientvit_kernels_cuda_archs().decode().split(",")]
+
+
 def cpu_isa() -> str | None:
     """Instruction set of the CPU kernels ("baseline", "avx2", "avx512"); None without the library."""
     if _cpu is None:
@@ -119,6 +163,14 @@ def cpu_calls() -> int:
         return 0
     _cpu.efficientvit_kernels_cpu_calls.restype = ctypes.c_int64
     return int(_cpu.efficientvit_kernels_cpu_calls())
+
+
+def cuda_calls() -> int:
+    """How often a launcher of the CUDA library has run in this process, eager or compiled."""
+    if _cuda is None:
+        return 0
+    _cuda.efficientvit_kernels_cuda_calls.restype = ctypes.c_int64
+    return int(_cuda.efficientvit_kernels_cuda_calls())
 
 
 @contextmanager

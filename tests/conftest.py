@@ -37,6 +37,21 @@ def nan_filled_empties() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def emulated_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no GPU, a test whose parameter `backend` is "cuda" runs the CUDA kernels in the emulator."""
+    parameters = getattr(request.node, "callspec", None)
+    if parameters is None or parameters.params.get("backend") != "cuda" or torch.cuda.is_available():
+        return
+    from efficientvit_kernels import _library
+    from tests.cuda_emulator import ops
+
+    if (reason := ops.why_not_emulated()) is not None:
+        pytest.skip(reason)
+    ops.emulated_ops()
+    monkeypatch.setattr(_library, "CUDA_EMULATED", True)
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     """Restores torch's thread count after a test that changes it."""

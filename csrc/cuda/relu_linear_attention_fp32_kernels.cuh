@@ -137,13 +137,37 @@ __global__ void __launch_bounds__(kThreads) apply_fp32_kernel(ReluLinearAttentio
   }
 }
 
+// A sum of products as high + low, with the rounding errors of its terms in `low` (Ogita, Rump and Oishi's Dot2). The
+// gradient of q is a difference, u - (q' . u) / den z with u = KV^T dnum, that cancels where a denominator is tiny:
+// then an error in u cancels as u itself does, but one in the quotient does not.
+struct Sum {
+  float high = 0.0f, low = 0.0f;
+
+  __device__ void add(float x, float error) {
+    const float sum = high + x, part = sum - high;
+    low += (high - (sum - part)) + (x - part) + error;
+    high = sum;
+  }
+  __device__ void add_product(float a, float b) {
+    const float product = __fmul_rn(a, b);  // which must not fuse with the sum
+    add(product, fmaf(a, b, -product));
+  }
+  // Infinities and NaN have no error.
+  __device__ float error() const { return isfinite(low) ? low : 0.0f; }
+  __device__ float value() const { return high + error(); }
+};
+
 // The half of a token's channels that a thread owns, and its neighbour the other.
 template <int D>
 struct Half {
   static constexpr int kChannels = D / 2;
   int token, first;
   __device__ Half() : token(threadIdx.x / 2), first(threadIdx.x % 2 * kChannels) {}
-  __device__ static float sum(float x) { return x + __shfl_xor_sync(0xffffffffu, x, 1); }
+  __device__ static Sum sum(const Sum& own) {
+    Sum both = own;
+    both.add(__shfl_xor_sync(0xffffffffu, own.high, 1), __shfl_xor_sync(0xffffffffu, own.low, 1));
+    return both;
+  }
 };
 
 template <int D>
@@ -171,10 +195,11 @@ __global__ void __launch_bounds__(kThreads) grad_state_fp32_kernel(ReluLinearAtt
     const int n = tile + half.token;
     const float* own_q = q + half.token * kPitch<D>;
     float* own_grad = grad + half.token * kPitch<D>;
-    float den = 0.0f;
-    for (int c = half.first; c < half.first + Half<D>::kChannels; ++c) den += z[c] * own_q[c];
-    den = Half<D>::sum(den) + args.eps;
-    if (n >= place.stop) den = 1.0f;  // what is not there must not divide by an eps of 0
+    Sum wide_den;
+    for (int c = half.first; c < half.first + Half<D>::kChannels; ++c) wide_den.add_product(z[c], own_q[c]);
+    wide_den = Half<D>::sum(wide_den);
+    wide_den.add(n < place.stop ? args.eps : 1.0f, 0.0f);  // what is not there must not divide by an eps of 0
+    const float den = wide_den.value();
     for (int c = half.first; c < half.first + Half<D>::kChannels; ++c) own_grad[c] /= den;
     __syncwarp();
     float grad_q[Half<D>::kChannels] = {};
@@ -187,16 +212,21 @@ __global__ void __launch_bounds__(kThreads) grad_state_fp32_kernel(ReluLinearAtt
         grad_q[c + 2] += x.z * grad_num, grad_q[c + 3] += x.w * grad_num;
       }
     }
-    float grad_den = 0.0f;
+    Sum dot;
 #pragma unroll
-    for (int c = 0; c < Half<D>::kChannels; ++c) grad_den += own_q[half.first + c] * grad_q[c];
-    grad_den = -Half<D>::sum(grad_den) / den;
+    for (int c = 0; c < Half<D>::kChannels; ++c) dot.add_product(own_q[half.first + c], grad_q[c]);
+    dot = Half<D>::sum(dot);
+    const float grad_den = -dot.value() / den;
+    // What the division left over, of the sums as they are: -dot = (grad_den + rest) * den.
+    const float left = fmaf(-grad_den, den, -dot.value()) - (dot.high - dot.value() + dot.error()) -
+                       grad_den * (wide_den.high - den + wide_den.error());
+    const float rest = isfinite(left / den) ? left / den : 0.0f;
     if (half.first == 0) grad_dens[half.token] = grad_den;
     if (n < place.stop) {
       float* p = grad_q_plane.data + half.first * grad_q_plane.stride_c + grad_q_plane.offset(n);
 #pragma unroll
       for (int c = 0; c < Half<D>::kChannels; ++c) {
-        const float sum = grad_q[c] + grad_den * z[half.first + c];
+        const float sum = fmaf(rest, z[half.first + c], fmaf(grad_den, z[half.first + c], grad_q[c]));
         p[c * grad_q_plane.stride_c] = own_q[half.first + c] <= 0.0f ? 0.0f : sum;
       }
     }

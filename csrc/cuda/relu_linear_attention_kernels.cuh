@@ -84,11 +84,16 @@ __device__ int operand_index(int k, int n) {
   return ((step * (D / 8) + column) * 32 + g * 4 + t) * 2 + k % 2;
 }
 
-// The added-up state of a block's head, element `e` of [D + 1, D].
-__device__ inline float sum_of_splits(const float* states, int64_t splits, int numel, int e) {
-  float total = states[e];
-  for (int64_t split = 1; split < splits; ++split) total += states[split * numel + e];
-  return total;
+// Element `e` of `count` states, added up in their order, with what each addition rounds away carried along: up to 32
+// partial sums come together here. Infinities and NaN have no error.
+__device__ inline float sum_of_splits(const float* states, int64_t count, int numel, int e) {
+  float total = states[e], low = 0.0f;
+  for (int64_t i = 1; i < count; ++i) {
+    const float x = states[i * numel + e], sum = total + x, part = sum - total;
+    low += (total - (sum - part)) + (x - part);
+    total = sum;
+  }
+  return isfinite(low) ? total + low : total;
 }
 
 // acc += a . (weights[0] + ...) for one pair of tokens per lane, where a(step) gives the quad of operand A.

@@ -79,3 +79,10 @@ Access access_of(const std::vector<Image>& images, int64_t tokens) {
 extern "C" __attribute__((visibility("default"))) int64_t efficientvit_kernels_cuda_calls() {
   return efficientvit_kernels::cuda::calls.load();
 }
+#if defined(__CUDACC__)
+#define EVK_TEXT_OF(...) #__VA_ARGS__
+#define EVK_TEXT(...) EVK_TEXT_OF(__VA_ARGS__)
+extern "C" __attribute__((visibility("default"))) const char* efficientvit_kernels_cuda_archs() {
+  return EVK_TEXT(__CUDA_ARCH_LIST__);  // nvcc's own: "800,900", ascending
+}
+#endif

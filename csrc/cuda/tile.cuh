@@ -272,9 +272,7 @@ struct TokenFragment {
   static constexpr int kPairs = D / 8;
   Words<T, kSlots, kChannels, kAccess> x;
 
-  __device__ static int token(int lane, int slot) {
-    return kAccess == Access::kChannels ? slot * 8 + lane / 4 : lane / 4 * kSlots + slot;
-  }
+  __device__ static int token(int lane, int slot) { return lane / 4 * kSlots + slot; }
   __device__ static int channel(int lane, int i) { return lane % 4 * kChannels + i; }
 
   __device__ Quad quad(int i, int j) const {
@@ -309,9 +307,7 @@ struct ChannelFragment {
   static constexpr int kChannels = C / 8;
   Words<T, 8, kChannels, kAccess> x;
 
-  __device__ static int token(int lane, int slot) {
-    return kAccess == Access::kChannels ? slot * 4 + lane % 4 : lane % 4 * 8 + slot;
-  }
+  __device__ static int token(int lane, int slot) { return lane % 4 * 8 + slot; }
   __device__ static int channel(int lane, int i) { return lane / 4 * kChannels + i; }
 
   // Both tokens of a step, for channel i of the lane.

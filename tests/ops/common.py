@@ -12,7 +12,8 @@ from efficientvit_kernels import reference, relu_linear_attention
 from efficientvit_kernels.testing import Verdict, gradients, make_qkv, official_relu_linear_attention, rule_t
 
 BACKENDS = ["reference", "cpu"]
-EXECUTORS = [*BACKENDS, "triton"]  # in Triton's interpreter where there is no GPU: slow, so for small samples only
+# Where there is no GPU, in Triton's interpreter and in the CUDA emulator: slow, so for small samples only.
+EXECUTORS = [*BACKENDS, "triton", "cuda"]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 HALF = (torch.float16, torch.bfloat16)
 LAYOUTS = ["nchw", "channels_last", "transposed", "permuted", "sliced", "offset", "expanded"]
@@ -20,11 +21,12 @@ LAYOUTS = ["nchw", "channels_last", "transposed", "permuted", "sliced", "offset"
 
 def executors(dtypes: Sequence[torch.dtype] = (torch.float32,)) -> list[tuple[str, torch.dtype]]:
     """Pairs of an executor and a dtype that it serves, for tests of the arguments "backend" and "dtype"."""
-    return [(name, dtype) for name in EXECUTORS for dtype in dtypes if (name, dtype) != ("triton", torch.float64)]
+    on_gpu = ("triton", "cuda")
+    return [(name, dtype) for name in EXECUTORS for dtype in dtypes if name not in on_gpu or dtype != torch.float64]
 
 
 def device_of(backend: str) -> str:
-    """Where a backend's tensors lie; Triton's interpreter takes those of the CPU."""
+    """Where a backend's tensors lie; Triton's interpreter and the CUDA emulator take those of the CPU."""
     return "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
 
 
