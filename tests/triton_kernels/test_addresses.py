@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -130,26 +131,69 @@ def test_aggregation(k: int, axis: str) -> None:
             same(results(qkv, addend, parameters, arguments["pointwise_biases"]), expected)
 
 
+def fused_block(qkv: Tensor, aggregation: Any, head_dim: int) -> list[Tensor]:
+    """States and output of the two fused kernels of lite_mla, for one scale."""
+    configs = lite_mla._fused(qkv, aggregation[0], head_dim)
+    assert configs is not None
+    states = lite_mla._aggregated_states(qkv, aggregation, configs[0], head_dim)
+    out = lite_mla.empty_image(qkv, 2 * qkv.shape[1] // 3)
+    lite_mla._aggregate_and_apply(qkv, aggregation, configs[1], states, None, out, head_dim, 1e-15)
+    return [states, out]
+
+
+PARAMETERS = ("depthwise_weights", "pointwise_weights", "depthwise_biases", "pointwise_biases")
+
+
 @pytest.mark.parametrize("axis", AXES)
 def test_fused_block(axis: str) -> None:
     batch, heads, dim, height, width = SHAPES[axis]
     arguments = Sample(batch, heads, dim, height, width, (3,), biases=True).make(torch.float16)
-    names = ("depthwise_weights", "pointwise_weights", "depthwise_biases", "pointwise_biases")
-
-    def results(qkv: Tensor, aggregation: Any) -> list[Tensor]:
-        configs = lite_mla._fused(qkv, aggregation[0], dim)
-        assert configs is not None
-        states = lite_mla._aggregated_states(qkv, aggregation, configs[0], dim)
-        out = lite_mla.empty_image(qkv, 2 * heads * dim)
-        lite_mla._aggregate_and_apply(qkv, aggregation, configs[1], states, None, out, dim, 1e-15)
-        return [states, out]
-
-    aggregation = [arguments[name] for name in names]
-    expected = results(arguments["qkv"], aggregation)
+    aggregation = [arguments[name] for name in PARAMETERS]
+    expected = fused_block(arguments["qkv"], aggregation, dim)
     with outputs_far_apart(AXES[axis]):
         if axis == "channels":
             aggregation = [[spread(tensor, 0) for tensor in tensors] for tensors in aggregation]
-        same(results(spread(arguments["qkv"], AXES[axis]), aggregation), expected)
+        same(fused_block(spread(arguments["qkv"], AXES[axis]), aggregation, dim), expected)
+
+
+def test_fused_block_with_weights_of_any_strides() -> None:
+    arguments = Sample(1, 1, 4, 2, 3, (3,), biases=True).make(torch.float32)
+    aggregation = [arguments[name] for name in PARAMETERS]
+
+    def strided(tensor: Tensor, step: int) -> Tensor:
+        return torch.stack([tensor] * step, dim=-1)[..., 0]
+
+    steps = [[strided(tensor, 2 + i) for tensor in tensors] for i, tensors in enumerate(aggregation)]
+    same(fused_block(arguments["qkv"], steps, 4), fused_block(arguments["qkv"], aggregation, 4))
+
+
+def test_fused_block_in_tf32() -> None:
+    """Every operand is rounded, or the watch would say so."""
+    arguments = Sample(1, 1, 4, 2, 3, (3,), biases=True).make(torch.float32)
+    call = partial(fused_block, arguments["qkv"], [arguments[name] for name in PARAMETERS], 4)
+    expected = call()
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = call()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for tf32, ieee in zip(found, expected, strict=True):
+        assert 1e-6 < (tf32 - ieee).abs().max() / ieee.abs().max() < 1e-2  # operands of 11 bits
+
+
+def test_fused_block_beside_nan() -> None:
+    """Another head leaves no trace, not even where lanes beyond the head dim meet zeros."""
+    dim = 5
+    arguments = Sample(1, 2, dim, 4, 5, (3,), biases=True).make(torch.float32)
+    aggregation = [arguments[name] for name in PARAMETERS]
+    states, out = fused_block(arguments["qkv"], aggregation, dim)
+    for tensor in (arguments["qkv"][0], *(tensor for tensors in aggregation for tensor in tensors)):
+        tensor[3 * dim :] = float("nan")
+    found_states, found = fused_block(arguments["qkv"], aggregation, dim)
+    for scale in (0, 1):  # two heads each
+        assert torch.equal(found_states[:, 2 * scale], states[:, 2 * scale])
+        mine = slice(2 * scale * dim, (2 * scale + 1) * dim)
+        assert torch.equal(found[:, mine], out[:, mine])
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -169,7 +213,7 @@ def test_product_with_epilogue(axis: str) -> None:
 
 
 @kernel
-def _faulty_kernel(x, y, SIZE: tl.constexpr, FAULT: tl.constexpr):
+def faulty_kernel(x, y, SIZE: tl.constexpr, FAULT: tl.constexpr):
     o = tl.arange(0, SIZE)
     if FAULT == "read":
         tl.store(y + o, tl.load(x + o), mask=o < SIZE - 1)
@@ -200,13 +244,13 @@ def test_faults_are_found(fault: str, message: str) -> None:
     x, y = torch.zeros(15), torch.zeros(30)[::2]
     programs = 2 if fault == "twice" else 1
     if not message:
-        launch(_faulty_kernel, programs, x, y, SIZE=16, FAULT=fault, num_warps=1, num_stages=1)
+        launch(faulty_kernel, programs, x, y, SIZE=16, FAULT=fault, num_warps=1, num_stages=1)
         return
     with pytest.raises(Exception, match=message):
-        launch(_faulty_kernel, programs, x, y, SIZE=16, FAULT=fault, num_warps=1, num_stages=1)
+        launch(faulty_kernel, programs, x, y, SIZE=16, FAULT=fault, num_warps=1, num_stages=1)
 
 
 def test_operands_that_are_not_rounded_are_found() -> None:
     x, y = torch.zeros(15, dtype=torch.bfloat16), torch.zeros(30)[::2]
     with pytest.raises(Exception, match="an operand of a product in TF32 is not rounded"):
-        launch(_faulty_kernel, 1, x, y, SIZE=16, FAULT="tf32", num_warps=1, num_stages=1)
+        launch(faulty_kernel, 1, x, y, SIZE=16, FAULT="tf32", num_warps=1, num_stages=1)

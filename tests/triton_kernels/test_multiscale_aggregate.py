@@ -12,7 +12,10 @@ from torch import Tensor
 from efficientvit_kernels import multiscale_aggregate, reference
 from efficientvit_kernels.testing import triton_launches
 from efficientvit_kernels.triton_kernels import aggregation_configs
-from efficientvit_kernels.triton_kernels.multiscale_aggregate import multiscale_aggregate_bwd
+from efficientvit_kernels.triton_kernels.multiscale_aggregate import (
+    multiscale_aggregate_bwd,
+    multiscale_aggregate_fwd,
+)
 from tests.ops.aggregate_samples import Sample, exact, judge, run
 from tests.ops.block_common import Arguments, assert_all_ok, assert_equal_bits, in_dtype, mapped
 from tests.ops.common import HALF, as_layout, device_of
@@ -153,6 +156,46 @@ def test_nan_in_grad_out(k: int) -> None:
         ("pointwise_bias", (3,)),
     ):
         assert [c for c in range(6) if grads[name][c].isnan().any()] == list(channels), name
+
+
+@pytest.mark.parametrize("k", [3, 7])
+def test_tf32(k: int) -> None:
+    """Every operand is rounded, or the watch would say so."""
+    arguments = Sample(1, 1, 4, 2, 3, (k,), biases=True).make(torch.float32)
+    expected = run(arguments, "triton")
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = run(arguments, "triton")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for name in ("out[0]", "grad_qkv", "grad_pointwise_weights[0]"):
+        error = (found[name] - expected[name]).abs().max() / expected[name].abs().max()
+        assert 1e-6 < error < 1e-2, name  # operands of 11 bits
+
+
+@pytest.mark.parametrize(("dim", "k"), [(5, 3), (2, 7), (33, 3)])
+def test_neighbours_full_of_nan(dim: int, k: int) -> None:
+    """Other groups leave no trace, not even where lanes beyond the head dim meet zeros."""
+    arguments = Sample(1, 1, dim, 1, 2, (k,), biases=True).make(torch.float16)
+    names = ("depthwise_weights", "pointwise_weights", "depthwise_biases", "pointwise_biases")
+    mine = slice(dim, 2 * dim)  # the second of three groups
+
+    def alone(tensor: Tensor, axis: int) -> Tensor:
+        index = (slice(None), mine)[: axis + 1] if axis else mine
+        result = torch.full_like(tensor, nan)
+        result[index] = tensor[index]
+        return result
+
+    def results(qkv: Tensor, grad_out: Tensor, lists: list[list[Tensor]]) -> list[Tensor]:
+        (out,) = multiscale_aggregate_fwd(qkv, *lists, dim)
+        grad, *weights = multiscale_aggregate_bwd([grad_out], qkv, *lists[:3], dim, True, True, True)
+        return [out[:, mine], grad[:, mine], *(weight[mine] for weight in weights)]
+
+    qkv, lists = arguments["qkv"], [arguments[name] for name in names]
+    expected = results(qkv, qkv.flip(3), lists)
+    parameters = [[alone(tensor, 0) for tensor in tensors] for tensors in lists]
+    found = results(alone(qkv, 1), alone(qkv.flip(3), 1), parameters)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_layouts_and_repeats_give_equal_bits() -> None:

@@ -94,6 +94,17 @@ def test_layouts_and_repeats_give_equal_results(dtype: torch.dtype) -> None:
         assert other.is_contiguous(memory_format=torch.channels_last) or layout != "channels_last"
 
 
+@pytest.mark.parametrize("head_dim", [5, 96])
+def test_neighbours_full_of_nan(head_dim: int) -> None:
+    """Another head leaves no trace, not even where lanes beyond the head dim meet zeros."""
+    qkv = make_qkv(1, 2, head_dim, 2, 3, dtype=torch.float16)[0]
+    out, (grad,) = run([qkv], head_dim, 1e-15, "triton")
+    qkv[:, 3 * head_dim :] = float("nan")
+    found, (found_grad,) = run([qkv], head_dim, 1e-15, "triton")
+    assert torch.equal(found[:, :head_dim], out[:, :head_dim])
+    assert torch.equal(found_grad[:, : 3 * head_dim], grad[:, : 3 * head_dim])
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_e26_with_blocks_of_rows(dtype: torch.dtype) -> None:
     """One tiny positive key, where the terms of a gradient cancel, and a state that no program holds as a whole.
