@@ -97,6 +97,18 @@ def library(
     return _made(BUILD / f"{name}-{key}.so", [_compiler(), "-shared", *map(str, objects), *link_flags], scratch)
 
 
+def gpu_library(source: Path, includes: Sequence[Path] = ()) -> Path:
+    """The same source by nvcc, for the GPU of this machine: what the emulator is checked against."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    flags = ["-std=c++20", f"-arch=sm_{major}{minor}", "-shared", "-Xcompiler", "-fPIC"]
+    folders = [*includes, DEVICE_CODE]
+    key = _digest(*(path.read_text() for path in _with_headers(source, folders)), *flags)
+    command = ["nvcc", *flags, *(f"-I{folder}" for folder in folders), str(source)]
+    return _made(BUILD / f"gpu_{source.stem}-{key}.so", command, None)
+
+
 def _compiler() -> str:
     if (compiler := _build.compiler()) is None:
         raise RuntimeError("cuda emulator: no C++ compiler found: set CXX, or install g++")

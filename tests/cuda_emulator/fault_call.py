@@ -12,7 +12,7 @@ import sys
 def main() -> None:
     library, kernel = sys.argv[1:3]
     blocks, threads, shared, a, b = map(int, sys.argv[3:])
-    memory = [(ctypes.c_float * 900)() for _ in range(2)]
+    memory = [(ctypes.c_float * 900)(), ctypes.c_size_t(900), (ctypes.c_float * 900)(), ctypes.c_size_t(900)]
     run = getattr(ctypes.CDLL(library), f"run_{kernel}")
     run.restype = ctypes.c_char_p
     words = run((ctypes.c_uint * 6)(blocks, 1, 1, threads, 1, 1), ctypes.c_size_t(shared), *memory, a, b)

@@ -22,9 +22,14 @@ def _loaded(path: Path) -> ctypes.CDLL:
 
 
 class Sample:
-    """The kernels of one .cu file, under the sanitizer that the environment names: address or thread."""
+    """The kernels of one .cu file: in the emulator, under the sanitizer that the environment names (address, thread),
+    or on a GPU."""
 
-    def __init__(self, name: str, *flags: str) -> None:
+    def __init__(self, name: str, *flags: str, gpu: bool = False) -> None:
+        self.on_gpu = gpu
+        if gpu:
+            self.library = _loaded(build.gpu_library(SAMPLES / f"{name}.cu", [SAMPLES]))
+            return
         self.sanitized = os.environ.get("EVK_EMULATOR_SANITIZER", "")
         flags += {"address": build.ADDRESS, "thread": build.THREAD, "": ()}[self.sanitized]
         self.library = _loaded(build.library([SAMPLES / f"{name}.cu"], f"sample_{name}", flags, [SAMPLES]))
@@ -48,7 +53,7 @@ def run(
 ) -> torch.Tensor:
     """Launches `kernel(inputs, out, a, b)` and returns out, new and NaN unless given; elements have 4 bytes.
 
-    Raises RuntimeError with the emulator's words.
+    Raises RuntimeError with the words of the emulator, or of CUDA.
     """
     out = torch.full((outputs,), float("nan")) if isinstance(outputs, int) else outputs
     assert inputs.is_contiguous()
@@ -57,8 +62,12 @@ def run(
     function = getattr(library, f"run_{kernel}")
     function.restype = ctypes.c_char_p
     dims = [*grid, *[1] * (3 - len(grid)), *block, *[1] * (3 - len(block))]
-    pointers = (ctypes.c_void_p(inputs.data_ptr()), ctypes.c_void_p(out.data_ptr()))
-    words = function((ctypes.c_uint * 6)(*dims), ctypes.c_size_t(shared), *pointers, a, b)
+    tensors = [
+        argument
+        for tensor in (inputs, out)
+        for argument in (ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.numel()))
+    ]
+    words = function((ctypes.c_uint * 6)(*dims), ctypes.c_size_t(shared), *tensors, a, b)
     if words is not None:
         raise RuntimeError(words.decode())
     return out
