@@ -48,16 +48,16 @@ def far_apart(shape: Sequence[int], axis: int, dtype: torch.dtype, step: int = F
     return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
 
 
-def spread(tensor: Tensor, axis: int) -> Tensor:
-    return far_apart(tensor.shape, axis, tensor.dtype).copy_(tensor)
+def spread(tensor: Tensor, axis: int, step: int = FAR) -> Tensor:
+    return far_apart(tensor.shape, axis, tensor.dtype, step).copy_(tensor)
 
 
 @contextmanager
-def outputs_far_apart(axis: int) -> Iterator[None]:
+def outputs_far_apart(axis: int, step: int = FAR) -> Iterator[None]:
     """The images that the launchers allocate are of this kind, too."""
 
     def empty_image(like: Tensor, channels: int) -> Tensor:
-        image = far_apart((like.shape[0], channels, *like.shape[2:]), axis, like.dtype)
+        image = far_apart((like.shape[0], channels, *like.shape[2:]), axis, like.dtype, step)
         return image.fill_(float("nan"))
 
     with ExitStack() as stack:
@@ -94,6 +94,25 @@ def test_attention(head_dim: int, axis: str) -> None:
     # Allocated images have their tokens in one row.
     with outputs_far_apart(3 if axis == "rows" else AXES[axis]):
         same(results(spread(qkv, AXES[axis]), spread(grad_out, AXES[axis])), expected)
+
+
+def test_attention_of_columns_far_apart() -> None:
+    """Whose rows lie beside each other, so that tokens do not lie in one row."""
+    qkv = make_qkv(1, 1, 1, 2, 3, dtype=torch.float16)[0]
+    far = spread(qkv.transpose(2, 3), 2).transpose(2, 3)
+    expected = relu_linear_attention.relu_linear_attention_fwd([qkv], 1, 1e-15)
+    same(relu_linear_attention.relu_linear_attention_fwd([far], 1, 1e-15), expected)
+
+
+def test_gradient_of_more_channels_than_a_program_has() -> None:
+    """The first channel of the second block lies beyond 2^31 already where channels are 2^27 apart."""
+    arguments = Sample(1, 1, 6, 1, 2, (1,)).make(torch.float16)
+    qkv, lists = arguments["qkv"], [arguments[name] for name in ("depthwise_weights", "pointwise_weights")]
+    call = partial(multiscale_aggregate.multiscale_aggregate_bwd, needs_qkv=True, needs_weights=False)
+    options = {"depthwise_biases": [], "head_dim": 6, "needs_biases": False}
+    expected = call([qkv.flip(3)], qkv, *lists, **options)
+    with outputs_far_apart(1, 2**27):
+        same(call([qkv.flip(3)], spread(qkv, 1, 2**27), *lists, **options), expected)
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,19 @@ def test_tf32_only_where_torch_allows_it() -> None:
     assert 1e-6 < error < 2e-3  # operands with 11 bits
 
 
+def test_no_rounding_turns_a_nan_into_a_number() -> None:
+    """The NaN of GPUs has all bits set: rounding up to TF32 would carry into its sign."""
+    qkv = make_qkv(1, 1, 4, 2, 2)[0]
+    qkv.view(torch.int32)[0, 8, 1, 1] = 0x7FFFFFFF  # in the first channel of v
+    torch.set_float32_matmul_precision("high")
+    try:
+        out, _ = run([qkv], 4, 1e-15, "triton")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert out[0, 0].isnan().all()
+    assert out[0, 1:].isfinite().all()
+
+
 def test_splits_depend_on_the_tokens_alone() -> None:
     assert [configs.tokens_per_split(tokens) for tokens in (1, 256, 257, 8192, 8193)] == [256, 256, 256, 256, 512]
     for tokens in (1, 49, 4096, 16384, 10**6):
