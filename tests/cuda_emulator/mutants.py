@@ -265,13 +265,16 @@ def mutated_library(
 ) -> Path:
     """`build.library` of these sources with the mutant in its file. What is new is made in the folder `scratch`.
 
-    The folder of the mutant's file is copied, so that others that include it find the mutant; sources there are those
-    of the copy.
+    The folder of the mutant's file is copied, and what lies beside the folder linked, so that every include finds the
+    mutant; sources in that folder are those of the copy.
     """
     folder = mutant.file.resolve().parent
-    copy = scratch / "sources"
+    copy = scratch / "sources" / folder.name
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("__pycache__"))
     (copy / mutant.file.name).write_text(mutant.applied(mutant.file.read_text()))
+    for neighbour in folder.parent.iterdir():
+        if neighbour != folder:
+            (copy.parent / neighbour.name).symlink_to(neighbour)
     moved = [copy / source.name if source.resolve().parent == folder else source for source in sources]
     kept = [include for include in includes if include.resolve() != folder]
     return build.library(moved, name, flags, [copy, *kept], torch=torch, scratch=scratch)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.cuda_emulator import build
-from tests.cuda_emulator.mutants import RULES, SURVIVED, UNCOMPILED, Mutant, Trial, mutants_of
+from tests.cuda_emulator.mutants import RULES, SURVIVED, UNCOMPILED, Mutant, Trial, mutants_of, mutated_library
 from tests.cuda_emulator.sample_runs import SAMPLES, run
 
 pytestmark = build.needs_compiler
@@ -115,6 +115,25 @@ def test_ends_of_processes(one_thread: None) -> None:
     chosen = by_label()
     verdicts = replace(GRAM_TRIAL, check=check, seconds=1).verdicts([chosen[label] for label in QUICK[:3]])
     assert list(verdicts.values()) == ["SIGABRT", "no end", SURVIVED]
+
+
+def test_every_include_finds_the_mutant(tmp_path: Path) -> None:
+    """From beside the file, from elsewhere, and its own of the folder above."""
+    folder = tmp_path / "parent" / "code"
+    folder.mkdir(parents=True)
+    (folder.parent / "limit.h").write_text("constexpr int kLimit = 3;\n")
+    (folder / "kernel.cuh").write_text(
+        '#include "../limit.h"\ninline int below(int i) { return i < kLimit ? 1 : 0; }\n'
+    )
+    sources = [folder / "beside.cu", tmp_path / "elsewhere.cu"]
+    for source in sources:
+        entry = f'extern "C" __attribute__((visibility("default"))) int {source.stem}(int i)'
+        source.write_text(f'#include "kernel.cuh"\n{entry} {{ return below(i); }}\n')
+    (mutant,) = [mutant for mutant in mutants_of(folder / "kernel.cuh") if mutant.kind == "bound off by one"]
+    scratch = tmp_path / "scratch"
+    library = ctypes.CDLL(str(mutated_library(mutant, sources, "includes", scratch, includes=[folder])))
+    assert [(library.beside(i), library.elsewhere(i)) for i in (2, 3, 4)] == [(1, 1), (1, 1), (0, 0)]
+    assert (scratch / "sources/limit.h").exists()
 
 
 # A line, and what each rule makes of it; nothing where it must not be changed.
