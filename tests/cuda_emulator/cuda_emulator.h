@@ -9,8 +9,16 @@
 //   EVK_EMULATOR_SEED   of the random order
 //   EVK_EMULATOR_ARCH   compute capability, 80, 86, 89, 90, 100, 103 or 120: the limits of device(); default 90
 //
-// Not seen: weak memory, races between blocks that run one after another, banks and speed, misaligned vectors (those
-// are for -fsanitize=undefined), the hardware's rounding inside an mma.
+// Threads that have returned are not waited for, at barriers as in warp-wide calls other than mma and ldmatrix; what is
+// read from their lanes is NaN. A stack has 64 KB: a thread that ends beyond it is an error, one far beyond it SIGSEGV.
+//
+// Not seen: weak memory, banks and speed, the hardware's rounding inside an mma, threads beyond __launch_bounds__, more
+// than 48 KB of shared memory without the attribute that CUDA wants for it. Seen by sanitizers alone: misaligned vectors
+// (undefined), accesses beyond global memory (address), races between blocks and those that no order shows (thread; not
+// between threads of the same index in different blocks). An endless loop is endless.
+//
+// Cost, in processor time of an Intel Xeon with AVX-512: 1000 blocks of 128 threads with 4 barriers 21 ms, without any
+// 7 ms; 40 to 50 million switches a second, 0.4 to 0.7 million mma.
 #pragma once
 
 #include <cuda_bf16.h>
