@@ -10,12 +10,12 @@
 //   EVK_EMULATOR_ARCH   compute capability, 80, 86, 89, 90, 100, 103 or 120: the limits of device(); default 90
 //
 // Threads that have returned are not waited for, at barriers as in warp-wide calls other than mma and ldmatrix; what is
-// read from their lanes is NaN. A stack has 64 KB: a thread that ends beyond it is an error, one far beyond it SIGSEGV.
+// read from their lanes is NaN. A stack has 64 KB: a thread that writes to the last one is an error, beyond it SIGSEGV.
 //
 // Not seen: weak memory, banks and speed, the hardware's rounding inside an mma, threads beyond __launch_bounds__, more
-// than 48 KB of shared memory without the attribute that CUDA wants for it. Seen by sanitizers alone: misaligned vectors
-// (undefined), accesses beyond global memory (address), races between blocks and those that no order shows (thread; not
-// between threads of the same index in different blocks). An endless loop is endless.
+// than 48 KB of shared memory without the attribute that CUDA wants for it; an endless loop is endless. Seen only with
+// -fsanitize=undefined: misaligned vectors; address: accesses beyond global memory; thread: races between blocks, but
+// for threads of the same index, and races that no order of the threads shows.
 //
 // Cost, in processor time of an Intel Xeon with AVX-512: 1000 blocks of 128 threads with 4 barriers 21 ms, without any
 // 7 ms; 40 to 50 million switches a second, 0.4 to 0.7 million mma.
