@@ -42,9 +42,10 @@ THREAD = ("-fsanitize=thread", "-g1")
 
 def cuda_include() -> Path | None:
     """The folder of cuda_fp16.h, which host compilers can read: $CUDA_HOME, nvcc's, /usr/local/cuda, or a package's."""
-    homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    homes = [Path(home) for home in [os.environ.get("CUDA_HOME")] if home]
     if nvcc := shutil.which("nvcc"):
-        homes.insert(0, Path(nvcc).resolve().parent.parent)
+        homes.append(Path(nvcc).resolve().parent.parent)
+    homes.append(Path("/usr/local/cuda"))
     homes += sorted(Path("/usr/local").glob("cuda-*"), reverse=True)
     homes += [folder for entry in sys.path for folder in sorted(Path(entry).glob("nvidia/cu*"), reverse=True)]
     return next((home / "include" for home in homes if (home / "include" / "cuda_fp16.h").exists()), None)
