@@ -17,6 +17,7 @@ py::dict dict_of(const cuda::TokenPlan& plan, int64_t heads) {
   dict["threads"] = 32 * plan.warps;
   dict["block_tokens"] = plan.block_tokens;
   dict["shared_bytes"] = plan.shared_bytes;
+  dict["stage_bytes"] = plan.stage_bytes;
   return dict;
 }
 

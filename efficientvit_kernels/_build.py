@@ -42,19 +42,20 @@ ISA_FLAGS = {
 # its first launch; a wheel for others has them all.
 DEVELOPMENT_ARCHS = ("80", "90")
 ALL_ARCHS = ("80", "86", "89", "90", "100", "120")
-# Line information costs nothing at run time and lets a profiler name lines. No --use_fast_math, as above.
-NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+# No --use_fast_math, as above.
+NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
+NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 
 
 @dataclass(frozen=True)
 class Library:
-    """One shared library: sources (with their own flags) and what it links to. rule: of the ninja file."""
+    """One shared library: sources (with their own flags) and what it links to. rules: the ending of ninja's rules."""
 
     name: str
     sources: list[Path]
     flags: list[str]
     link_flags: list[str]
-    rule: str = "compile"
+    rules: str = ""
 
 
 def compiler() -> str | None:
@@ -127,10 +128,9 @@ def _cuda_library(compiler: str, torch_flags: list[str], torch_folders: list[str
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     flags = [*torch_flags, *codes]
     # Of libtorch_cuda the linker needs the name alone, so that this builds beside a CPU-only torch, too.
-    runtime = Path(compiler).resolve().parent.parent / "lib64"
-    links = [*(f"-L{path}" for path in torch_folders), "-ltorch_cpu", "-lc10", f"-L{runtime}"]
-    links += ["-Wl,--no-as-needed", "$stub", "-Wl,--as-needed", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    return Library(CUDA_LIBRARY, sorted((ROOT / "csrc" / "cuda").glob("*.cu")), flags, links, "compile_cuda")
+    links = [*(f"-L{path}" for path in torch_folders), "-ltorch_cpu", "-lc10", *codes]
+    links.append("-Xlinker --no-as-needed -Xlinker $stub")
+    return Library(CUDA_LIBRARY, sorted((ROOT / "csrc" / "cuda").glob("*.cu")), flags, links, "_cuda")
 
 
 def _source_flags(source: Path) -> list[str]:
@@ -153,6 +153,8 @@ def write_ninja(build_dir: Path, out_dir: Path) -> Path:
         f"  command = $nvcc -MMD -MF $out.d {' '.join(NVCC_FLAGS)} $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
+        "rule link_cuda",
+        "  command = $nvcc -shared -cudart static $in -o $out $flags",
         "rule link",
         f"  command = $cxx -shared {extra} $in -o $out $flags",
         f"stub = {build_dir / 'libtorch_cuda.so'}",
@@ -166,9 +168,9 @@ def write_ninja(build_dir: Path, out_dir: Path) -> Path:
             obj = build_dir / library.name / (source.stem + ".o")
             objects.append(str(obj))
             flags = " ".join([*library.flags, *_source_flags(source)])
-            lines += [f"build {obj}: {library.rule} {source}", f"  flags = {flags}"]
+            lines += [f"build {obj}: compile{library.rules} {source}", f"  flags = {flags}"]
         lines += [
-            f"build {out_dir / library.name}: link {' '.join(objects)} | $stub",
+            f"build {out_dir / library.name}: link{library.rules} {' '.join(objects)} | $stub",
             f"  flags = {' '.join(library.link_flags)}",
         ]
     build_dir.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <type_traits>
 
 namespace efficientvit_kernels::cuda {
 
@@ -22,6 +23,9 @@ constexpr int tile_tokens(int head_dim) { return head_dim <= 32 ? 64 : 32; }
 constexpr int kMaxWarps = 4;
 // Rows of a [D + 1, D] state that a warp sums up, at most 32 registers a lane; other warps of the block take the rest.
 constexpr int rows_per_warp(int head_dim) { return head_dim <= 32 ? head_dim : 16; }
+
+// Of one warp, for what cannot be loaded in groups (`Staged`): a tile of tokens with its pad.
+constexpr int stage_elements(int head_dim) { return head_dim * (tile_tokens(head_dim) + 8); }
 
 // float32 storage, whose kernels have no matrix units: tokens in shared memory, and groups of threads that each sum up
 // a whole state.
@@ -44,18 +48,18 @@ constexpr bool has_head_dim(int64_t head_dim) {
   return head_dim == 8 || head_dim == 16 || head_dim == 32 || head_dim == 64;
 }
 
-// Calls body.operator()<D>() with the head dimension at hand.
+// body(D) with the head dimension at hand as a compile-time constant.
 template <class Body>
 auto for_head_dim(int64_t head_dim, Body body) {
   switch (head_dim) {
     case 8:
-      return body.template operator()<8>();
+      return body(std::integral_constant<int, 8>{});
     case 16:
-      return body.template operator()<16>();
+      return body(std::integral_constant<int, 16>{});
     case 32:
-      return body.template operator()<32>();
+      return body(std::integral_constant<int, 32>{});
     default:
-      return body.template operator()<64>();
+      return body(std::integral_constant<int, 64>{});
   }
 }
 
@@ -67,6 +71,7 @@ struct TokenPlan {
   int64_t block_tokens;
   int64_t blocks;  // per head and image
   int64_t shared_bytes;
+  int64_t stage_bytes = 0;  // more, where tensors are moved one element at a time
 };
 
 struct ReluLinearAttentionPlan {
@@ -110,11 +115,12 @@ inline ReluLinearAttentionPlan plan_relu_linear_attention(int64_t heads, int64_t
     };
   }
   const int64_t sums = warps / (head_dim / rows_per_warp(head_dim)) * state, weight = d * d * floats, z = d * floats;
+  const int64_t stage = int64_t{warps} * stage_elements(head_dim) * 2;
   return {
-      .kv_state = {warps, split, splits, sums},
-      .apply = {warps, per_block, blocks, weight + z},
-      .grad_state = {warps, split, splits, 2 * weight + z + warps * 64 * floats + sums},
-      .grad_kv = {warps, per_block, blocks, 3 * weight + z},
+      .kv_state = {warps, split, splits, sums, stage},
+      .apply = {warps, per_block, blocks, weight + z, stage},
+      .grad_state = {warps, split, splits, 2 * weight + z + warps * 64 * floats + sums, stage},
+      .grad_kv = {warps, per_block, blocks, 3 * weight + z, stage},
       .sums_splits = sums_splits,
   };
 }

@@ -76,8 +76,9 @@ class Problem {
       args.eps = eps_;
       const int64_t blocks = batch * args.groups_here * plan.blocks;
       EVK_CHECK(blocks < INT32_MAX, op_, "B * heads", "fewer, so that there are less than 2^31 blocks", blocks);
-      launch_(kernels_of(type_, head_dim, access_of(images, tokens)).*kernel, blocks, 32 * plan.warps,
-              plan.shared_bytes, args);
+      const Access access = access_of(images, tokens);
+      const int64_t shared = plan.shared_bytes + (access == Access::kElements ? plan.stage_bytes : 0);
+      launch_(kernels_of(type_, head_dim, access).*kernel, blocks, 32 * plan.warps, shared, args);
     }
   }
 

@@ -78,7 +78,7 @@ struct StatePatch {
 };
 
 template <int D>
-__global__ void __launch_bounds__(kThreads) kv_state_fp32_kernel(ReluLinearAttentionArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) kv_state_fp32_kernel(ReluLinearAttentionArgs args) {
   EVK_DYNAMIC_SHARED(shared);
   float* k = reinterpret_cast<float*>(shared);
   float* v = k + kTileTokensFp32 * kPitch<D>;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) kv_state_fp32_kernel(ReluLinearAtten
 }
 
 template <int D>
-__global__ void __launch_bounds__(kThreads) apply_fp32_kernel(ReluLinearAttentionArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) apply_fp32_kernel(ReluLinearAttentionArgs args) {
   EVK_DYNAMIC_SHARED(shared);
   constexpr int kNumel = (D + 1) * D;
   float* kv = reinterpret_cast<float*>(shared);  // [D + 1, D]
@@ -171,7 +171,7 @@ struct Half {
 };
 
 template <int D>
-__global__ void __launch_bounds__(kThreads) grad_state_fp32_kernel(ReluLinearAttentionArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) grad_state_fp32_kernel(ReluLinearAttentionArgs args) {
   EVK_DYNAMIC_SHARED(shared);
   constexpr int kNumel = (D + 1) * D;
   float* kv = reinterpret_cast<float*>(shared);   // [D + 1, D]
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kThreads) grad_state_fp32_kernel(ReluLinearAtt
 }
 
 template <int D>
-__global__ void __launch_bounds__(kThreads) grad_kv_fp32_kernel(ReluLinearAttentionArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) grad_kv_fp32_kernel(ReluLinearAttentionArgs args) {
   EVK_DYNAMIC_SHARED(shared);
   constexpr int kNumel = (D + 1) * D;
   float* grad_state = reinterpret_cast<float*>(shared);  // [D + 1, D]

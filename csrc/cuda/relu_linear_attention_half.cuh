@@ -8,11 +8,11 @@ namespace efficientvit_kernels::cuda {
 
 template <class T, Access kAccess>
 ReluLinearAttentionKernels relu_linear_attention_half(int64_t head_dim) {
-  const auto of = []<int D>() -> ReluLinearAttentionKernels {
+  return for_head_dim(head_dim, [](auto dim) -> ReluLinearAttentionKernels {
+    constexpr int D = decltype(dim)::value;
     return {kv_state_kernel<T, D, kAccess>, apply_kernel<T, D, kAccess>, grad_state_kernel<T, D, kAccess>,
             grad_kv_kernel<T, D, kAccess>};
-  };
-  return for_head_dim(head_dim, of);
+  });
 }
 
 template <class T>

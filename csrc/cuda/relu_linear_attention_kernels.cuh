@@ -61,6 +61,17 @@ __device__ Plane<T> part_of(const Image& qkv, const Place& place, int head_dim, 
   return Plane<T>(qkv, place.batch, (place.head * 3 + part) * static_cast<int64_t>(head_dim));
 }
 
+// What the block's warps stage of Access::kElements lies first in its shared memory.
+template <int D, Access kAccess>
+__device__ int stage_bytes() {
+  return kAccess == Access::kElements ? static_cast<int>(blockDim.x / 32) * 2 * stage_elements(D) : 0;
+}
+
+template <class T, int D>
+__device__ T* stage_of(unsigned char* shared) {
+  return reinterpret_cast<T*>(shared) + threadIdx.x / 32 * stage_elements(D);
+}
+
 // x / den with one division per token. 1 / den would overflow for a subnormal den, and lose bits for a huge one, where
 // the quotient need not.
 struct Divisor {
@@ -185,12 +196,13 @@ __device__ inline void store_sum_of_warps(float* to, const float* states, int co
 
 // sums[b, group, split] = sum over the split's tokens of v k'^T and k'.
 template <class T, int D, Access kAccess>
-__global__ void __launch_bounds__(kThreads) kv_state_kernel(ReluLinearAttentionArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) kv_state_kernel(ReluLinearAttentionArgs args) {
   EVK_DYNAMIC_SHARED(shared);
   using Rows = StateRows<D>;
   using Keys = ChannelFragment<T, D, kAccess>;
   using Values = ChannelFragment<T, Rows::kRows, kAccess>;
-  float* states = reinterpret_cast<float*>(shared);  // [runs, D + 1, D]
+  T* stage = stage_of<T, D>(shared);
+  float* states = reinterpret_cast<float*>(shared + stage_bytes<D, kAccess>());  // [runs, D + 1, D]
   const Place place(args);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first_row = warp % Rows::kBlocks * Rows::kRows, run = warp / Rows::kBlocks;
@@ -204,14 +216,14 @@ __global__ void __launch_bounds__(kThreads) kv_state_kernel(ReluLinearAttentionA
   Keys k_next;
   Values v_next;
   int n = place.start + run * Keys::kTokens;
-  k_next.load(k_plane, n, place.stop, lane);
-  v_next.load(v_plane, n, place.stop, lane);
+  k_next.load(k_plane, n, place.stop, lane, stage);
+  v_next.load(v_plane, n, place.stop, lane, stage);
   while (n < place.stop) {
     Keys k = k_next;
     const Values v = v_next;
     n += runs * Keys::kTokens;
-    k_next.load(k_plane, n, place.stop, lane);  // under way while the products run
-    v_next.load(v_plane, n, place.stop, lane);
+    k_next.load(k_plane, n, place.stop, lane, stage);  // under way while the products run
+    v_next.load(v_plane, n, place.stop, lane, stage);
     k.x.relu();
 #pragma unroll
     for (int step = 0; step < Keys::kSteps; ++step) {
@@ -236,11 +248,13 @@ __global__ void __launch_bounds__(kThreads) kv_state_kernel(ReluLinearAttentionA
 
 // out = KV q' / (z . q' + eps) for the block's tokens; the first block of a head stores the added-up state.
 template <class T, int D, Access kAccess>
-__global__ void __launch_bounds__(kThreads) apply_kernel(ReluLinearAttentionArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) apply_kernel(ReluLinearAttentionArgs args) {
   EVK_DYNAMIC_SHARED(shared);
   constexpr int kNumel = (D + 1) * D;
-  uint32_t* weight = reinterpret_cast<uint32_t*>(shared);  // KV^T: from q's channels to out's
-  float* z = reinterpret_cast<float*>(weight + D * D);     // [D]
+  T* stage = stage_of<T, D>(shared);
+  uint32_t* weight =
+      reinterpret_cast<uint32_t*>(shared + stage_bytes<D, kAccess>());  // KV^T: from q's channels to out's
+  float* z = reinterpret_cast<float*>(weight + D * D);                  // [D]
   const Place place(args);
   const float* states = args.states + place.pair(args) * args.splits * kNumel;
   float* state = args.state != nullptr && place.block == 0 ? args.state + place.pair(args) * kNumel : nullptr;
@@ -262,7 +276,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(ReluLinearAttentionArgs
   for (int n = place.start + static_cast<int>(threadIdx.x) / 32 * Fragment::kTokens; n < place.stop;
        n += warps * Fragment::kTokens) {
     Fragment x;
-    x.load(q_plane, n, place.stop, lane);
+    x.load(q_plane, n, place.stop, lane, stage);
     x.x.relu();
 #pragma unroll
     for (int i = 0; i < Fragment::kTokenPairs; ++i) {
@@ -287,21 +301,23 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(ReluLinearAttentionArgs
         x.set_quad(i, j, out);
       }
     }
-    x.store(out_plane, n, place.stop, lane);
+    x.store(out_plane, n, place.stop, lane, stage);
   }
 }
 
 // With dnum = grad_out / den and dden = -(q' . KV^T dnum) / den: grad_q = (KV^T dnum + dden z) [q > 0], and the sums
 // over the split's tokens of dnum q'^T and dden q'.
 template <class T, int D, Access kAccess>
-__global__ void __launch_bounds__(kThreads) grad_state_kernel(ReluLinearAttentionArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) grad_state_kernel(ReluLinearAttentionArgs args) {
   EVK_DYNAMIC_SHARED(shared);
   using Fragment = TokenFragment<T, D, kAccess>;
   using Rows = StateRows<D>;
   using Columns = ChannelFragment<T, D, kAccess>;
   using RowsOfTokens = ChannelFragment<T, Rows::kRows, kAccess>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  uint32_t* high = reinterpret_cast<uint32_t*>(shared);  // KV: from out's channels to q's, in two parts
+  T* stage = stage_of<T, D>(shared);
+  uint32_t* high =
+      reinterpret_cast<uint32_t*>(shared + stage_bytes<D, kAccess>());  // KV: from out's channels to q's, in two parts
   uint32_t* low = high + D * D;
   float* z = reinterpret_cast<float*>(low + D * D);
   float* dens = z + D;                // [warps * 64] at most, of the tokens under way
@@ -331,8 +347,8 @@ __global__ void __launch_bounds__(kThreads) grad_state_kernel(ReluLinearAttentio
   for (int tile = place.start; tile < place.stop; tile += warps * Fragment::kTokens) {
     const int n = tile + warp * Fragment::kTokens;
     Fragment q, grad;
-    q.load(q_plane, n, place.stop, lane);
-    grad.load(grad_plane, n, place.stop, lane);
+    q.load(q_plane, n, place.stop, lane, stage);
+    grad.load(grad_plane, n, place.stop, lane, stage);
     q.x.relu();
 #pragma unroll
     for (int i = 0; i < Fragment::kTokenPairs; ++i) {
@@ -387,7 +403,7 @@ __global__ void __launch_bounds__(kThreads) grad_state_kernel(ReluLinearAttentio
         q.set_quad(i, j, grad_x);
       }
     }
-    q.store(grad_q_plane, n, place.stop, lane);
+    q.store(grad_q_plane, n, place.stop, lane, stage);
 
     // The sums over tokens need lanes that own channels: the same values once more, now from the L1 cache.
     __syncthreads();
@@ -395,8 +411,8 @@ __global__ void __launch_bounds__(kThreads) grad_state_kernel(ReluLinearAttentio
       if (tile + offset >= place.stop) break;
       Columns x;
       RowsOfTokens y;
-      x.load(q_plane, tile + offset, place.stop, lane);
-      y.load(grad_rows_plane, tile + offset, place.stop, lane);
+      x.load(q_plane, tile + offset, place.stop, lane, stage);
+      y.load(grad_rows_plane, tile + offset, place.stop, lane, stage);
       x.x.relu();
       Divisor divisors[8] = {
           Divisor(dens[offset + Columns::token(lane, 0)]), Divisor(dens[offset + Columns::token(lane, 1)]),
@@ -439,8 +455,9 @@ __global__ void __launch_bounds__(kThreads) grad_kv_kernel(ReluLinearAttentionAr
   EVK_DYNAMIC_SHARED(shared);
   constexpr int kNumel = (D + 1) * D;
   using Fragment = TokenFragment<T, D, kAccess>;
-  uint32_t* to_v = reinterpret_cast<uint32_t*>(shared);  // dKV^T: from k's channels to v's
-  uint32_t* to_k_high = to_v + D * D;                    // dKV: from v's channels to k's, in two parts
+  T* stage = stage_of<T, D>(shared);
+  uint32_t* to_v = reinterpret_cast<uint32_t*>(shared + stage_bytes<D, kAccess>());  // dKV^T: from k's channels to v's
+  uint32_t* to_k_high = to_v + D * D;  // dKV: from v's channels to k's, in two parts
   uint32_t* to_k_low = to_k_high + D * D;
   float* grad_z = reinterpret_cast<float*>(to_k_low + D * D);
   const Place place(args);
@@ -466,8 +483,8 @@ __global__ void __launch_bounds__(kThreads) grad_kv_kernel(ReluLinearAttentionAr
   for (int n = place.start + static_cast<int>(threadIdx.x) / 32 * Fragment::kTokens; n < place.stop;
        n += warps * Fragment::kTokens) {
     Fragment k, v;
-    k.load(k_plane, n, place.stop, lane);
-    v.load(v_plane, n, place.stop, lane);
+    k.load(k_plane, n, place.stop, lane, stage);
+    v.load(v_plane, n, place.stop, lane, stage);
     k.x.relu();
 #pragma unroll
     for (int i = 0; i < Fragment::kTokenPairs; ++i) {
@@ -488,8 +505,8 @@ __global__ void __launch_bounds__(kThreads) grad_kv_kernel(ReluLinearAttentionAr
         v.set_quad(i, j, of_v);
       }
     }
-    k.store(grad_k_plane, n, place.stop, lane);
-    v.store(grad_v_plane, n, place.stop, lane);
+    k.store(grad_k_plane, n, place.stop, lane, stage);
+    v.store(grad_v_plane, n, place.stop, lane, stage);
   }
 }
 

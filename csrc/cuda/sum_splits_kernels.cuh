@@ -6,7 +6,7 @@
 namespace efficientvit_kernels::cuda {
 
 // sums[pair] = the sum over the splits of states[pair], in their order; `count` values, `numel` per pair.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     sum_splits_kernel(const float* states, float* sums, int64_t splits, int numel, int64_t count) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (i >= count) return;

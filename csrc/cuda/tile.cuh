@@ -55,6 +55,10 @@ struct Plane {
         flat(image.flat),
         aligned(image.aligned) {}
 
+  // Rows of tokens, `pitch` apart, aligned to 8 of them.
+  __device__ Plane(T* rows, int64_t pitch)
+      : data(rows), stride_c(pitch), stride_h(0), stride_w(1), width(1), flat(true), aligned(true) {}
+
   __device__ int64_t offset(int token) const {
     return flat ? token * stride_w : token / width * stride_h + token % width * stride_w;
   }
@@ -199,12 +203,12 @@ struct Words {
     for (uint32_t& word : words) word = Packed<T>::relu(word);
   }
 
-  // Slot s is token(s), channel i is channel c + i. With Access::kTokens the slots are neighbours.
+  // Slot s is token(s), channel i is channel c + i; without Access::kChannels the slots are neighbours.
   template <class Token>
   __device__ void load(const Plane<T>& plane, int c, int stop, Token token) {
     const int64_t stride_c = not_ahead(plane.stride_c);
     const T* base = plane.data + c * stride_c;
-    if constexpr (kAccess == Access::kTokens) {
+    if constexpr (!kAlongChannels) {
 #pragma unroll
       for (int i = 0; i < kChannels; ++i) {
         load_tokens<kSlots>(words + i * kSlots / 2, plane, base + i * stride_c, token(0), stop);
@@ -214,18 +218,14 @@ struct Words {
       for (int slot = 0; slot < kSlots; ++slot) {
         const int n = token(slot);
         const T* p = base + plane.offset(n);
-        if constexpr (kAlongChannels && kChannels > 1) {
-          uint32_t* to = words + slot * kPerSlot;
+        uint32_t* to = words + slot * kPerSlot;
 #pragma unroll
-          for (int i = 0; i < kPerSlot; ++i) to[i] = 0;
-          if (n < stop) load_words<kPerSlot>(to, p);
+        for (int i = 0; i < kPerSlot; ++i) to[i] = 0;
+        if (n >= stop) continue;
+        if constexpr (kChannels > 1) {
+          load_words<kPerSlot>(to, p);
         } else {
-#pragma unroll
-          for (int i = 0; i < kChannels; ++i) {
-            const uint32_t x = n < stop ? element(p + i * stride_c) : 0;
-            uint32_t& word = words[kAlongChannels ? slot : (i * kSlots + slot) / 2];
-            word = kAlongChannels || slot % 2 == 0 ? x : word | x << 16;
-          }
+          to[0] = element(p);
         }
       }
     }
@@ -235,7 +235,7 @@ struct Words {
   __device__ void store(const Plane<T>& plane, int c, int stop, Token token) const {
     const int64_t stride_c = not_ahead(plane.stride_c);
     T* base = plane.data + c * stride_c;
-    if constexpr (kAccess == Access::kTokens) {
+    if constexpr (!kAlongChannels) {
 #pragma unroll
       for (int i = 0; i < kChannels; ++i) {
         store_tokens<kSlots>(plane, base + i * stride_c, words + i * kSlots / 2, token(0), stop);
@@ -244,18 +244,44 @@ struct Words {
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) {
         const int n = token(slot);
-        if (n >= stop) continue;
-        T* p = base + plane.offset(n);
-        if constexpr (kAlongChannels) {
-          store_words<kPerSlot>(p, words + slot * kPerSlot);
-        } else {
-#pragma unroll
-          for (int i = 0; i < kChannels; ++i) {
-            store_element(p + i * stride_c, words[(i * kSlots + slot) / 2] >> slot % 2 * 16);
-          }
-        }
+        if (n < stop) store_words<kPerSlot>(base + plane.offset(n), words + slot * kPerSlot);
       }
     }
+  }
+};
+
+// Access::kElements: C channels of kTokens tokens of a plane, moved by the lanes of a warp one element at a time
+// through `stage`, the warp's own shared memory. There every row is aligned, and what a lane loads or stores are whole
+// groups.
+template <class T, int C, int kTokens>
+struct Staged {
+  static constexpr int kPitch = kTokens + 8;  // the rows of neighbouring channels start in different banks
+  T* stage;
+
+  __device__ Plane<T> plane() const { return Plane<T>(stage, kPitch); }
+
+  template <class Move>
+  __device__ void for_each(const Plane<T>& plane, int first, int stop, int lane, Move move) const {
+    const bool along_channels = plane.stride_c == 1;
+    for (int e = lane; e < C * kTokens; e += 32) {
+      const int token = along_channels ? e / C : e % kTokens, channel = along_channels ? e % C : e / kTokens;
+      const bool there = first + token < stop;
+      move(plane.data + (there ? channel * plane.stride_c + plane.offset(first + token) : 0),
+           stage + channel * kPitch + token, there);
+    }
+  }
+  __device__ void load(const Plane<T>& plane, int first, int stop, int lane) const {
+    __syncwarp();  // what was staged before is no longer read
+    for_each(plane, first, stop, lane,
+             [](const T* global, T* shared, bool there) { store_element(shared, there ? element(global) : 0); });
+    __syncwarp();
+  }
+  __device__ void store(const Plane<T>& plane, int first, int stop, int lane) const {
+    __syncwarp();
+    for_each(plane, first, stop, lane, [](T* global, const T* shared, bool there) {
+      if (there) store_element(global, element(shared));
+    });
+    __syncwarp();
   }
 };
 
@@ -289,12 +315,25 @@ struct TokenFragment {
     }
   }
 
-  // Tokens first + token(lane, slot); those from `stop` on are 0.
-  __device__ void load(const Plane<T>& plane, int first, int stop, int lane) {
-    x.load(plane, channel(lane, 0), stop, [=](int slot) { return first + token(lane, slot); });
+  // Tokens first + token(lane, slot); those from `stop` on are 0. `stage`: for Staged.
+  __device__ void load(const Plane<T>& plane, int first, int stop, int lane, T* stage) {
+    if constexpr (kAccess == Access::kElements) {
+      const Staged<T, D, kTokens> staged{stage};
+      staged.load(plane, first, stop, lane);
+      x.load(staged.plane(), channel(lane, 0), kTokens, [=](int slot) { return token(lane, slot); });
+    } else {
+      x.load(plane, channel(lane, 0), stop, [=](int slot) { return first + token(lane, slot); });
+    }
   }
-  __device__ void store(const Plane<T>& plane, int first, int stop, int lane) const {
-    x.store(plane, channel(lane, 0), stop, [=](int slot) { return first + token(lane, slot); });
+  __device__ void store(const Plane<T>& plane, int first, int stop, int lane, T* stage) const {
+    if constexpr (kAccess == Access::kElements) {
+      const Staged<T, D, kTokens> staged{stage};
+      __syncwarp();
+      x.store(staged.plane(), channel(lane, 0), kTokens, [=](int slot) { return token(lane, slot); });
+      staged.store(plane, first, stop, lane);
+    } else {
+      x.store(plane, channel(lane, 0), stop, [=](int slot) { return first + token(lane, slot); });
+    }
   }
 };
 
@@ -313,8 +352,14 @@ struct ChannelFragment {
   // Both tokens of a step, for channel i of the lane.
   __device__ float2 pair(int step, int i) const { return x.tokens(2 * step, i); }
 
-  __device__ void load(const Plane<T>& plane, int first, int stop, int lane) {
-    x.load(plane, channel(lane, 0), stop, [=](int slot) { return first + token(lane, slot); });
+  __device__ void load(const Plane<T>& plane, int first, int stop, int lane, T* stage) {
+    if constexpr (kAccess == Access::kElements) {
+      const Staged<T, C, kTokens> staged{stage};
+      staged.load(plane, first, stop, lane);
+      x.load(staged.plane(), channel(lane, 0), kTokens, [=](int slot) { return token(lane, slot); });
+    } else {
+      x.load(plane, channel(lane, 0), stop, [=](int slot) { return first + token(lane, slot); });
+    }
   }
 };
 

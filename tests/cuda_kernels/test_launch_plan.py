@@ -1,0 +1,63 @@
+"""The launch plan of the CUDA kernels: a pure function, asked through the introspection module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from efficientvit_kernels.ops._backends import CUDA_HEAD_DIMS
+
+native = pytest.importorskip("efficientvit_kernels._C", reason="the introspection module was not built")
+
+KERNELS = ("kv_state", "apply", "grad_state", "grad_kv")
+TOKENS = (1, 49, 63, 64, 65, 196, 256, 257, 1024, 2048, 2049, 8192, 16384, 2**20)
+
+
+def plan(tokens: int, head_dim: int, heads: int = 16, fp32: bool = False, multiprocessors: int = 132) -> dict[str, Any]:
+    found: dict[str, Any] = native.cuda_relu_linear_attention_plan(heads, tokens, head_dim, fp32, multiprocessors)
+    return found
+
+
+@pytest.mark.parametrize("fp32", [False, True])
+@pytest.mark.parametrize("head_dim", CUDA_HEAD_DIMS)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_every_token_has_a_block(tokens: int, head_dim: int, fp32: bool) -> None:
+    for heads in (1, 16, 3000):
+        found = plan(tokens, head_dim, heads, fp32)
+        for kernel in KERNELS:
+            blocks, rest = divmod(found[kernel]["grid"], heads)
+            assert rest == 0
+            assert (blocks - 1) * found[kernel]["block_tokens"] < tokens <= blocks * found[kernel]["block_tokens"]
+            assert found[kernel]["threads"] in (32, 64, 128)
+            # Rows of a state are shared by up to four warps at D = 64; a block of 32-bit storage is always whole.
+            assert found[kernel]["threads"] == 128 or (head_dim < 64 and not fp32)
+            # What the smallest multiprocessors (compute capability 8.6, 8.9, 12.0) give one block.
+            assert 0 < found[kernel]["shared_bytes"] + found[kernel]["stage_bytes"] <= 99 * 1024
+
+
+@pytest.mark.parametrize("fp32", [False, True])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_sums_depend_on_the_image_alone(tokens: int, fp32: bool) -> None:
+    """The bits of a sum must not depend on the batch, on other heads or on the GPU."""
+    one = plan(tokens, 32, 1, fp32)
+    for heads, multiprocessors in ((16, 132), (5000, 20)):
+        other = plan(tokens, 32, heads, fp32, multiprocessors)
+        for kernel in ("kv_state", "grad_state"):
+            assert {**one[kernel], "grid": 0} == {**other[kernel], "grid": 0}
+        assert one["splits"] == other["splits"] <= 32
+        assert one["sums_splits"] == other["sums_splits"] == (one["splits"] > 8)
+
+
+def test_large_batches_load_a_state_for_more_tokens() -> None:
+    """At batch 1 every tile has a block of its own; a batch of 64 fills the GPU with fewer, larger ones."""
+    small, large = plan(4096, 32, 16)["apply"], plan(4096, 32, 16 * 64)["apply"]
+    assert small["block_tokens"] == 256
+    assert large["block_tokens"] > small["block_tokens"]
+    assert large["grid"] >= 4 * 132
+
+
+def test_bad_arguments_are_told() -> None:
+    for arguments in ((0, 1, 8), (1, 0, 8), (1, 1, 12)):
+        with pytest.raises(ValueError, match="must be positive, head_dim 8, 16, 32 or 64"):
+            native.cuda_relu_linear_attention_plan(*arguments, False, 132)
