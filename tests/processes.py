@@ -10,7 +10,9 @@ from pathlib import Path
 from efficientvit_kernels._build import ROOT
 
 
-def python(*arguments: str, path: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(
+    *arguments: str, path: Path = ROOT, timeout: int = 600, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Runs `python ARGUMENTS` in `path`, with its words captured; nothing is raised for a failure.
 
     Triton is not the interpreter there, as it is in the tests' own process, unless `environment` says so.
@@ -22,6 +24,6 @@ def python(*arguments: str, path: Path = ROOT, **environment: str) -> subprocess
         cwd=path,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=timeout,
         check=False,
     )

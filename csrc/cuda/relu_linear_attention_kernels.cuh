@@ -380,6 +380,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_state_kernel(ReluLinearAtten
         return x;
       };
       multiply<D>(grad_q, {high, low}, lane, grad_num);
+      q.unpack_anew(i);
       float grad_den[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int j = 0; j < Fragment::kPairs; ++j) {
@@ -451,10 +452,12 @@ __global__ void __launch_bounds__(kThreads, 2) grad_state_kernel(ReluLinearAtten
 
 // grad_v = dKV k' and grad_k = (dKV^T v + dz) [k > 0] for the block's tokens.
 template <class T, int D, Access kAccess>
-__global__ void __launch_bounds__(kThreads) grad_kv_kernel(ReluLinearAttentionArgs args) {
+__global__ void __launch_bounds__(kThreads, D <= 16 ? 2 : 0) grad_kv_kernel(ReluLinearAttentionArgs args) {
   EVK_DYNAMIC_SHARED(shared);
   constexpr int kNumel = (D + 1) * D;
-  using Fragment = TokenFragment<T, D, kAccess>;
+  // Half a tile where ptxas spills some bytes of a whole one, for sm_90 or sm_100.
+  constexpr int kTileTokens = D == 64 && kAccess != Access::kTokens ? tile_tokens(D) / 2 : tile_tokens(D);
+  using Fragment = TokenFragment<T, D, kAccess, kTileTokens>;
   T* stage = stage_of<T, D>(shared);
   uint32_t* to_v = reinterpret_cast<uint32_t*>(shared + stage_bytes<D, kAccess>());  // dKV^T: from k's channels to v's
   uint32_t* to_k_high = to_v + D * D;  // dKV: from v's channels to k's, in two parts
@@ -491,6 +494,7 @@ __global__ void __launch_bounds__(kThreads) grad_kv_kernel(ReluLinearAttentionAr
       float grad_v[D / 8][4] = {}, grad_k[D / 8][4] = {};
       multiply<D>(grad_k, {to_k_high, to_k_low}, lane, [&](int step) { return v.quad(i, step); });
       multiply<D>(grad_v, {to_v}, lane, [&](int step) { return k.quad(i, step); });
+      k.unpack_anew(i);
 #pragma unroll
       for (int j = 0; j < Fragment::kPairs; ++j) {
         const Quad x = k.quad(i, j);

@@ -38,6 +38,16 @@ __device__ inline int64_t not_ahead(int64_t x) {
   return x;
 }
 
+// The same of words that are unpacked anew: their unpacked values would fill the registers from their first use to the
+// last.
+__device__ inline void forget_unpacked(uint32_t& word) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(word));
+#else
+  (void)word;
+#endif
+}
+
 // The channels of one head in one image.
 template <class T>
 struct Plane {
@@ -73,7 +83,10 @@ struct Packed<__half> {
   __device__ static float high(uint32_t word) {
     return __half2float(__ushort_as_half(static_cast<uint16_t>(word >> 16)));
   }
-  __device__ static uint32_t bits(float x) { return __half_as_ushort(__float2half_rn(x)); }
+  __device__ static uint32_t pack(float low, float high) {
+    const __half2 both = __floats2half2_rn(low, high);
+    return __half_as_ushort(both.x) | static_cast<uint32_t>(__half_as_ushort(both.y)) << 16;
+  }
   __device__ static uint32_t relu(uint32_t word) { return relu_f16x2(word); }
 };
 
@@ -81,14 +94,12 @@ template <>
 struct Packed<__nv_bfloat16> {
   __device__ static float low(uint32_t word) { return __uint_as_float(word << 16); }
   __device__ static float high(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
-  __device__ static uint32_t bits(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+  __device__ static uint32_t pack(float low, float high) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return __bfloat16_as_ushort(both.x) | static_cast<uint32_t>(__bfloat16_as_ushort(both.y)) << 16;
+  }
   __device__ static uint32_t relu(uint32_t word) { return relu_bf16x2(word); }
 };
-
-template <class T>
-__device__ uint32_t pack(float low, float high) {
-  return Packed<T>::bits(low) | Packed<T>::bits(high) << 16;
-}
 
 template <class T>
 __device__ uint32_t element(const T* p) {
@@ -134,10 +145,11 @@ __device__ void store_words(void* p, const uint32_t* words) {
   }
 }
 
-// A lane's tokens n to n + kCount - 1 (8 or 4) of a channel; those from `stop` on are 0. Rows end with a whole group.
+// A lane's tokens n to n + kCount - 1 (8, 4 or 2) of a channel; those from `stop` on are 0. Rows end with a whole
+// group.
 template <int kCount, class T>
 __device__ void load_tokens(uint32_t* words, const Plane<T>& plane, const T* p, int n, int stop) {
-  if (kCount == 4 || plane.aligned) {
+  if (kCount <= 4 || plane.aligned) {
     if (n < stop) {
       load_words<kCount / 2>(words, p + n);
     } else {
@@ -155,7 +167,7 @@ __device__ void load_tokens(uint32_t* words, const Plane<T>& plane, const T* p, 
 
 template <int kCount, class T>
 __device__ void store_tokens(const Plane<T>& plane, T* p, const uint32_t* words, int n, int stop) {
-  if (kCount == 4 || plane.aligned) {
+  if (kCount <= 4 || plane.aligned) {
     if (n < stop) store_words<kCount / 2>(p + n, words);
   } else {
 #pragma unroll
@@ -263,6 +275,7 @@ struct Staged {
   template <class Move>
   __device__ void for_each(const Plane<T>& plane, int first, int stop, int lane, Move move) const {
     const bool along_channels = plane.stride_c == 1;
+#pragma unroll 4
     for (int e = lane; e < C * kTokens; e += 32) {
       const int token = along_channels ? e / C : e % kTokens, channel = along_channels ? e % C : e / kTokens;
       const bool there = first + token < stop;
@@ -289,9 +302,9 @@ struct Staged {
 // pairs (at D = 64 half as many, for want of registers), by D / 4 channels, in kPairs pairs; it is operand A (rows
 // tokens, sum over channels) or result C (rows tokens, columns channels) of the product of pair `i` of the tokens and
 // pair `j` of the channels.
-template <class T, int D, Access kAccess>
+template <class T, int D, Access kAccess, int kTileTokens = tile_tokens(D)>
 struct TokenFragment {
-  static constexpr int kTokens = tile_tokens(D);
+  static constexpr int kTokens = kTileTokens;
   static constexpr int kTokenPairs = kTokens / 16;
   static constexpr int kSlots = 2 * kTokenPairs;
   static constexpr int kChannels = D / 4;
@@ -308,10 +321,18 @@ struct TokenFragment {
   __device__ void set_quad(int i, int j, const Quad& q) {
     if constexpr (kAccess == Access::kChannels) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) x.words[(2 * i + h) * kPairs + j] = pack<T>(q.v[h][0], q.v[h][1]);
+      for (int h = 0; h < 2; ++h) x.words[(2 * i + h) * kPairs + j] = Packed<T>::pack(q.v[h][0], q.v[h][1]);
     } else {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) x.words[(2 * j + e) * kTokenPairs + i] = pack<T>(q.v[0][e], q.v[1][e]);
+      for (int e = 0; e < 2; ++e) x.words[(2 * j + e) * kTokenPairs + i] = Packed<T>::pack(q.v[0][e], q.v[1][e]);
+    }
+  }
+
+  __device__ void unpack_anew(int i) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      forget_unpacked(
+          x.words[kAccess == Access::kChannels ? (2 * i + c / kPairs) * kPairs + c % kPairs : c * kTokenPairs + i]);
     }
   }
 

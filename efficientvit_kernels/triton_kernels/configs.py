@@ -1,8 +1,8 @@
 """The configuration table: tiles, warps and pipeline stages of every kernel, per precision, head dimension and tokens.
 
 Nothing is tuned at run time: that would depend on the machine's mood, tune anew at every resolution and break the
-capture of CUDA graphs. The entries come from the resources of their code (`resources.py`: nothing spills on any
-architecture) and from the bytes that they keep in flight; none is measured yet.
+capture of CUDA graphs. The entries come from the resources of their code (nothing spills in the table that
+`resources.py` makes) and from the bytes that they keep in flight; none is measured yet.
 """
 
 from __future__ import annotations
@@ -116,8 +116,6 @@ def attention_config(kernel: str, kind: str, block_d: int, tokens: int, arch: st
     config = next(AttentionConfig(*row) for limit, *row in rows if tokens <= limit)
     if config.num_warps == 8 and block_d >= 64 and config.max_registers is None:
         config = replace(config, max_registers=MAX_REGISTERS)
-    if arch.startswith("gfx"):  # a warp of AMD's has 64 threads
-        return replace(config, num_warps=config.num_warps // 2, max_registers=None)
     return config
 
 

@@ -50,7 +50,7 @@ def recording(arch: str) -> Iterator[list[Launch]]:
 
 
 def launch(kernel: Any, grid: int, *arguments: Any, num_warps: int, num_stages: int, **constexprs: Any) -> None:
-    """Runs `kernel` on a one-dimensional grid, on the current stream of the current device."""
+    """Runs `kernel` on a one-dimensional grid, on the current stream of the current device. A warp: 32 threads."""
     global _launches
     if grid == 0:
         return
@@ -59,6 +59,7 @@ def launch(kernel: Any, grid: int, *arguments: Any, num_warps: int, num_stages: 
     # Its default changes between versions; with it the products and sums of an output are fused multiply-adds.
     meta = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **constexprs}
     if _on_amd():
+        meta["num_warps"] = max(1, num_warps // 2)  # of 64 threads
         meta.pop("maxnreg", None)  # of NVIDIA's compiler alone
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, meta))

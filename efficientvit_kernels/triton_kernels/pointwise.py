@@ -64,7 +64,7 @@ class ProductConfig:
 _FEW = ProductConfig(32, 64, 64, 4, 3)
 _SOME = ProductConfig(64, 64, 64, 4, 3)
 _MANY = ProductConfig(128, 128, 64, 8, 3)
-_AMD = ProductConfig(64, 64, 64, 4, 2)
+_AMD = ProductConfig(64, 64, 64, 8, 2)
 
 
 def product_config(c_out: int, tokens: int, arch: str) -> ProductConfig:

@@ -296,8 +296,15 @@ OPS: dict[str, Callable[[Case], None]] = {
 }
 KINDS = ("float16", "bfloat16", "tf32", "float32")
 LAYOUTS = ("nchw", "channels_last")
-DIMS = (8, 16, 32, 40, 64, 80, 96, 112, 128, 160, 256)
 OFFICIAL_DIMS = (16, 32)
+# Of the others each block once whole and once padded, which is all that the kernels tell apart, and float16 for both
+# 16-bit dtypes.
+OTHER_DIMS = (8, 40, 64, 112, 128, 160, 256)
+OTHER_KINDS = ("float16", "tf32", "float32")
+# Triton makes of a kernel for these what it makes for sm_80; only ptxas knows them. So the official D are enough, and
+# one that takes the kernels for large windows.
+LIKE_SM_80 = ("sm_86", "sm_89", "sm_120")
+DIMS_THERE = (*OFFICIAL_DIMS, 64)
 OFFICIAL_IMAGES = ((7, 7), (8, 8), (14, 14), (16, 16), (32, 32), (64, 64), (64, 128), (128, 128))
 TILED_IMAGES = ((7, 7), (14, 14), (32, 32), (64, 64))  # of those, what the kernels with tiles of rows tell apart
 ODD_IMAGES = ((7, 7), (33, 33))
@@ -311,14 +318,19 @@ def all_cases(quick: bool = False) -> list[Case]:
         large = Case("multiscale_aggregate", "float16", 64, "nchw", 64, 64)
         return [large, *(Case(op, "float16", 32, "nchw", 64, 64) for op in OPS)]
     cases = []
-    for op, dim, kind, layout in product(OPS, DIMS, KINDS, LAYOUTS):
-        if op == "lite_mla" and dim > 64:  # it launches the kernels of the two other ops
-            continue
+    for op, layout in product(OPS, LAYOUTS):
+        odd = ODD_IMAGES if layout == "nchw" else ()
         official = OFFICIAL_IMAGES if op == "relu_linear_attention" else TILED_IMAGES
-        images = official if dim in OFFICIAL_DIMS else ((64, 64),)
-        images += ODD_IMAGES if layout == "nchw" else ()
-        cases += [Case(op, kind, dim, layout, *image) for image in images]
+        for dim, kind, image in product(OFFICIAL_DIMS, KINDS, official + odd):
+            cases.append(Case(op, kind, dim, layout, *image))
+        for dim, kind, image in product(OTHER_DIMS, OTHER_KINDS, ((64, 64), *odd)):
+            if op != "lite_mla" or dim <= 64:  # beyond, it launches the kernels of the two other ops
+                cases.append(Case(op, kind, dim, layout, *image))
     return cases
+
+
+def cases_for(arch: str, cases: Iterable[Case]) -> list[Case]:
+    return [case for case in cases if arch not in LIKE_SM_80 or case.dim in DIMS_THERE]
 
 
 def launches_of(case: Case, arch: str) -> list[Launch]:
@@ -384,7 +396,7 @@ def main(argv: list[str] | None = None) -> int:
     for arch in arguments.arch.split(","):
         if arch not in ARCHITECTURES:
             parser.error(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
-        jobs = jobs_of(cases, arch)
+        jobs = jobs_of(cases_for(arch, cases), arch)
         if arguments.quick:
             jobs = list({job.launch().kernel.__name__: job for job in jobs}.values())
         rows += [report.row(job, found) for job, found in run_jobs(jobs, arguments.processes)]

@@ -7,7 +7,7 @@ from math import inf
 
 import pytest
 
-from efficientvit_kernels.triton_kernels import configs
+from efficientvit_kernels.triton_kernels import configs, launch
 from efficientvit_kernels.triton_kernels.configs import AttentionConfig, attention_config, tokens_per_split
 
 KERNELS = ("kv_state", "apply", "grad_state", "grad_kv")
@@ -53,11 +53,10 @@ def test_an_architecture_has_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_amd_has_half_the_warps_of_64_threads_and_no_bound_of_registers() -> None:
-    for (kernel, kind, block_d), rows in configs._ATTENTION.items():
-        for limit, *row in rows:
-            tokens, usual = int(min(limit, 10**6)), AttentionConfig(*row)
-            found = attention_config(kernel, kind, block_d, tokens, "gfx942")
-            assert found == AttentionConfig(usual.block_n, usual.block_r, usual.num_warps // 2, usual.num_stages)
+    for arch, warps, bound in (("sm_90", 8, {"maxnreg": 255}), ("gfx942", 4, {})):
+        with launch.recording(arch) as recorded:
+            launch.launch(None, 1, num_warps=8, num_stages=1, maxnreg=255)
+        assert recorded[0].meta == {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True, **bound}
 
 
 def test_large_tiles_have_a_bound_of_registers() -> None:

@@ -19,6 +19,9 @@ from tests.processes import python
 
 pytest.importorskip("triton.backends.nvidia", reason="this Triton has no NVIDIA compiler")
 
+TABLE = ROOT / "benchmarks" / "results" / "triton_resources.json"
+SUMMARY = ROOT / "docs" / "triton-resources.md"
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 FOLDER = ROOT / "efficientvit_kernels" / "triton_kernels"
 KERNELS = sorted(
     name for file in FOLDER.glob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M)
@@ -30,9 +33,10 @@ def rows_of(path: Path) -> tuple[str, list[dict[str, Any]]]:
     return content["triton"], [dict(zip(content["columns"], row, strict=True)) for row in content["rows"]]
 
 
-def compiling(*arguments: str, cache: Path) -> str:
+def compiling(*arguments: str, cache: Path, seconds: int = 600) -> str:
     """What a process says that compiles kernels, afresh."""
-    done = python(*arguments, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(cache), OMP_NUM_THREADS="1")
+    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    done = python(*arguments, timeout=seconds, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -53,6 +57,51 @@ def test_every_kernel_keeps_to_the_budget(tmp_path: Path) -> None:
     hold_to_the_budget(rows)
     for arch in ("sm_80", "sm_90"):
         assert sorted({row["kernel"] for row in rows if row["arch"] == arch}) == KERNELS
+
+
+def test_the_table_is_whole_and_keeps_to_the_budget() -> None:
+    _, rows = rows_of(TABLE)
+    hold_to_the_budget(rows)
+    for arch in ARCHS:
+        assert sorted({row["kernel"] for row in rows if row["arch"] == arch}) == KERNELS
+    for kind in ("float16", "bfloat16", "tf32", "float32"):
+        assert {row["arch"] for row in rows if row["kind"] == kind} == set(ARCHS)
+
+
+VARIANTS = """
+import json, sys
+from efficientvit_kernels.triton_kernels import resource_report, resources
+
+for arch in sys.argv[1].split(","):
+    for job in resources.jobs_of(resources.cases_for(arch, resources.all_cases()), arch):
+        print(json.dumps(resource_report.variant(job)))
+"""
+
+
+def test_the_table_holds_what_would_be_launched_today(tmp_path: Path) -> None:
+    """Every variant of every configuration: one that was changed since the table was made fails here."""
+    lines = compiling("-c", VARIANTS, ",".join(ARCHS), cache=tmp_path).splitlines()
+    _, rows = rows_of(TABLE)
+    names = list(rows[0])[: len(json.loads(lines[0]))]
+    assert lines == [json.dumps([row[name] for name in names]) for row in rows]
+
+
+def test_the_summary_is_that_of_the_table(tmp_path: Path) -> None:
+    code = "import sys, pathlib; from efficientvit_kernels.triton_kernels import resource_report as report; "
+    code += "version, rows = report.read(pathlib.Path(sys.argv[1])); print(report.summary(rows, version), end='')"
+    assert compiling("-c", code, str(TABLE), cache=tmp_path) == SUMMARY.read_text()
+
+
+@pytest.mark.nightly
+def test_the_table_can_be_made_anew(tmp_path: Path) -> None:
+    """About an hour on one core. Another Triton makes other code, which must keep to the budget, too."""
+    version, rows = rows_of(TABLE)
+    output = tmp_path / "resources.json"
+    arguments = ("--output", str(output), "--summary", str(tmp_path / "summary.md"))
+    compiling("-m", "efficientvit_kernels.triton_kernels.resources", *arguments, cache=tmp_path, seconds=3 * 3600)
+    today, found = rows_of(output)
+    hold_to_the_budget(found)
+    assert (today, found) == (version, rows) or today != version
 
 
 MUTANT = """
