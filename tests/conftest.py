@@ -53,6 +53,14 @@ def emulated_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
+def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the CUDA library was built, a module may be made for "cuda" on a machine without a GPU."""
+    from efficientvit_kernels import _library
+
+    monkeypatch.setattr(_library, "WHY_NOT_CUDA", "it was left out")
+
+
+@pytest.fixture
 def threads() -> Iterator[None]:
     """Restores torch's thread count after a test that changes it."""
     count = torch.get_num_threads()

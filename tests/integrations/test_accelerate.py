@@ -323,7 +323,7 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("unknown backend", lambda: accelerate(own_model(), "gpu"), ValueError, "accelerate: backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'gpu'"),
     ("backend of a wrong type", lambda: accelerate(own_model(), None), ValueError, "accelerate: backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got None"),  # type: ignore[arg-type]
     ("recompute", lambda: accelerate(own_model(), recompute="yes"), TypeError, "accelerate: recompute must be a bool, got str"),  # type: ignore[arg-type]
-    ("cuda", lambda: accelerate(own_model(), "cuda"), NotImplementedError, "accelerate: backend must be one that can run here, got 'cuda'"),
+    ("cuda", lambda: accelerate(own_model(), "cuda"), NotImplementedError, "accelerate: backend must be one that can run here, got 'cuda': it was left out"),
     ("restore of a fused one", lambda: restore(accelerated()[1]), ValueError, "restore: model must be the model that was accelerated, got one of its fused modules"),
 ]  # fmt: skip
 
@@ -335,13 +335,14 @@ def accelerated() -> nn.Sequential:
 
 
 @pytest.mark.parametrize(("call", "error", "text"), [case[1:] for case in ERRORS], ids=[case[0] for case in ERRORS])
+@pytest.mark.usefixtures("without_cuda")
 def test_bad_input(call: Callable[[], Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match="^" + re.escape(text)) as caught:
         call()
     assert caught.type is error
 
 
-def test_nothing_changes_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_changes_when_it_fails(monkeypatch: pytest.MonkeyPatch, without_cuda: None) -> None:
     """An error in the middle of the plan leaves every module in its place."""
     model = own_model()
     before = dict(model.named_modules())

@@ -51,7 +51,7 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("recompute", lambda: fused(recompute=1), TypeError, "FusedLiteMLA: recompute must be a bool, got int"),
     ("from_module, recompute", lambda: FusedLiteMLA.from_module(LiteMLA(32, 32), recompute=None), TypeError, "FusedLiteMLA.from_module: recompute must be a bool, got NoneType"),  # type: ignore[arg-type]
     ("unknown backend", lambda: fused(backend="fast"), ValueError, f"FusedLiteMLA: backend must be one of {BACKENDS}, got 'fast'"),
-    ("missing backend", lambda: fused(backend="cuda"), NotImplementedError, "FusedLiteMLA: backend must be one that can run here, got 'cuda'"),
+    ("missing backend", lambda: fused(backend="cuda"), NotImplementedError, "FusedLiteMLA: backend must be one that can run here, got 'cuda': it was left out"),
     ("no head", lambda: fused(dim=64), ValueError, "LiteMLA: in_channels must give at least one head of dim 64, got 32"),
     ("even scale", lambda: fused(scales=(4,)), ValueError, "LiteMLA: scales must be odd and positive, got (4,)"),
     ("negative scale", lambda: fused(scales=(-3,)), ValueError, "LiteMLA: scales must be odd and positive, got (-3,)"),
@@ -77,6 +77,7 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("call", "error", "text"), [case[1:] for case in ERRORS], ids=[case[0] for case in ERRORS])
+@pytest.mark.usefixtures("without_cuda")
 def test_bad_input(call: Callable[[], Any], error: type[Exception], text: str) -> None:
     before = native_calls()
     with pytest.raises(error, match="^" + re.escape(text)) as caught:

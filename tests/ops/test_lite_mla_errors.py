@@ -87,7 +87,7 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("recompute int", lambda: call(recompute=1), TypeError, "recompute must be a bool, got int"),
     ("unknown backend", lambda: call(backend="gpu"), ValueError, "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'gpu'"),
     ("triton, meta tensors", lambda: call(**metas(), backend="triton"), NotImplementedError, "backend must be one that can run here, got 'triton': it needs CUDA tensors, these are on meta"),
-    ("cuda", lambda: call(backend="cuda"), NotImplementedError, f"backend must be one that can run here, got 'cuda': {_library.WHY_NOT_CUDA or 'it needs CUDA tensors'}"),
+    ("cuda", lambda: call(backend="cuda"), NotImplementedError, f"backend must be one that can run here, got 'cuda': {_library.WHY_NOT_CUDA or 'it needs CUDA tensors, these are on cpu'}"),
 ]  # fmt: skip
 
 

@@ -70,7 +70,7 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("unknown backend, no scales", lambda: call(depthwise=[], pointwise=[], backend="gpu"), ValueError, "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'gpu'"),
     ("cpu backend, meta tensors", lambda: call(QKV.to("meta"), [DEPTHWISE.to("meta")], [POINTWISE.to("meta")], backend="cpu"), NotImplementedError, "backend must be one that can run here, got 'cpu': it needs CPU tensors, these are on meta"),
     ("triton, meta tensors", lambda: call(QKV.to("meta"), [DEPTHWISE.to("meta")], [POINTWISE.to("meta")], backend="triton"), NotImplementedError, "backend must be one that can run here, got 'triton': it needs CUDA tensors, these are on meta"),
-    ("cuda", lambda: call(backend="cuda"), NotImplementedError, f"backend must be one that can run here, got 'cuda': {_library.WHY_NOT_CUDA or 'it needs CUDA tensors'}"),
+    ("cuda", lambda: call(backend="cuda"), NotImplementedError, f"backend must be one that can run here, got 'cuda': {_library.WHY_NOT_CUDA or 'it needs CUDA tensors, these are on cpu'}"),
 ]  # fmt: skip
 
 

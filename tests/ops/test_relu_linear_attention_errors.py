@@ -48,7 +48,7 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("backend None", lambda: relu_linear_attention(QKV, 16, backend=None), ValueError, "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got None"),  # type: ignore[arg-type]
     ("cpu backend, meta tensor", lambda: relu_linear_attention(QKV.to("meta"), 16, backend="cpu"), NotImplementedError, "backend must be one that can run here, got 'cpu': it needs CPU tensors, these are on meta"),
     ("triton, meta tensors", lambda: relu_linear_attention(QKV.to("meta"), 16, backend="triton"), NotImplementedError, "backend must be one that can run here, got 'triton': it needs CUDA tensors, these are on meta"),
-    ("cuda", lambda: relu_linear_attention(QKV, 16, backend="cuda"), NotImplementedError, f"backend must be one that can run here, got 'cuda': {_library.WHY_NOT_CUDA or 'it needs CUDA tensors'}"),
+    ("cuda", lambda: relu_linear_attention(QKV, 16, backend="cuda"), NotImplementedError, f"backend must be one that can run here, got 'cuda': {_library.WHY_NOT_CUDA or 'it needs CUDA tensors, these are on cpu'}"),
 ]  # fmt: skip
 
 
