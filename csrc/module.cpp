@@ -1,9 +1,12 @@
 // pybind11 module _C: what the build contains and how it would cut a problem. Introspection only, no op lives here.
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 #include "cpu/isa.h"
 #include "cpu/plan.h"
-#include "cuda/launch_plan.h"
+#include "cuda/aggregate_plan.h"
+#include "cuda/projection_plan.h"
 
 namespace py = pybind11;
 namespace cpu = efficientvit_kernels::cpu;
@@ -35,6 +38,66 @@ py::dict cuda_relu_linear_attention_plan(int64_t heads, int64_t tokens, int head
   dict["grad_kv"] = dict_of(plan.grad_kv, heads);
   dict["splits"] = plan.splits();
   dict["sums_splits"] = plan.sums_splits;
+  return dict;
+}
+
+py::dict dict_of(const cuda::AggregatePlan& plan) {
+  py::dict dict;
+  dict["threads"] = 32 * plan.warps;
+  dict["rows"] = plan.rows;
+  dict["cols"] = plan.cols;
+  dict["tiles"] = plan.tiles;
+  dict["shared_bytes"] = plan.shared_bytes;
+  return dict;
+}
+
+void check_image(const char* name, int64_t batch, int64_t heads, int64_t height, int64_t width, int head_dim,
+                 int size) {
+  if (batch < 1 || heads < 1 || height < 1 || width < 1 || !cuda::has_head_dim(head_dim) ||
+      !cuda::has_kernel_size(size)) {
+    throw py::value_error(std::string(name) +
+                          ": batch, heads, height and width must be positive, head_dim 8, 16, 32 or 64, kernel_size 3, "
+                          "5 or 7");
+  }
+}
+
+py::dict cuda_multiscale_aggregate_plan(int64_t batch, int64_t heads, int64_t height, int64_t width, int head_dim,
+                                        int kernel_size, bool fp32, int64_t max_shared_bytes) {
+  check_image("cuda_multiscale_aggregate_plan", batch, heads, height, width, head_dim, kernel_size);
+  const cuda::Device device{0, 1, max_shared_bytes};
+  const int bytes = fp32 ? 4 : 2;
+  const auto forward = cuda::plan_aggregate(height, width, head_dim, kernel_size, bytes, device);
+  const auto grad = cuda::plan_aggregate_grad(batch, height, width, head_dim, kernel_size, bytes, device);
+  py::dict dict;
+  dict["forward"] = dict_of(forward);
+  dict["forward"]["grid"] = batch * 3 * heads * forward.tiles;
+  dict["gradients"] = dict_of(grad);
+  dict["gradients"]["grid"] = grad.runs * 3 * heads * (head_dim / cuda::kChunk);
+  dict["gradients"]["runs"] = grad.runs;
+  return dict;
+}
+
+py::dict cuda_lite_mla_plan(int64_t batch, int64_t heads, int64_t height, int64_t width, int head_dim, int kernel_size,
+                            int64_t out_channels, int multiprocessors, int64_t max_shared_bytes) {
+  check_image("cuda_lite_mla_plan", batch, heads, height, width, head_dim, kernel_size);
+  const cuda::Device device{0, multiprocessors, max_shared_bytes};
+  py::dict dict;
+  dict["fused"] = cuda::has_fused_attention(head_dim, 2);
+  if (!cuda::has_fused_attention(head_dim, 2)) return dict;
+  const auto plan = cuda::plan_fused_attention(height, width, head_dim, kernel_size, device);
+  dict["state"] = dict_of(plan.state);
+  dict["state"]["grid"] = 2 * batch * heads * plan.splits;
+  dict["apply"] = dict_of(plan.apply);
+  dict["apply"]["grid"] = 2 * batch * heads * plan.apply.tiles;
+  dict["splits"] = plan.splits;
+  dict["sums_splits"] = plan.sums_splits;
+  const auto projection = cuda::plan_projection(out_channels, batch * height * width, device);
+  py::dict product;
+  product["grid"] = projection.blocks;
+  product["threads"] = cuda::kThreads;
+  product["tokens"] = projection.tokens;
+  product["shared_bytes"] = projection.shared_bytes;
+  dict["projection"] = product;
   return dict;
 }
 
@@ -73,4 +136,12 @@ PYBIND11_MODULE(_C, m) {
       py::arg("head_dim"), py::arg("fp32"), py::arg("multiprocessors"),
       "The launches of the CUDA kernels, for so many heads of all scales and images: grid, threads, tokens of a block "
       "and shared memory of each.");
+  m.def("cuda_multiscale_aggregate_plan", &cuda_multiscale_aggregate_plan, py::arg("batch"), py::arg("heads"),
+        py::arg("height"), py::arg("width"), py::arg("head_dim"), py::arg("kernel_size"), py::arg("fp32"),
+        py::arg("max_shared_bytes"),
+        "The launches of the CUDA kernels for one scale: grid, threads, rows and columns of a tile, shared memory.");
+  m.def("cuda_lite_mla_plan", &cuda_lite_mla_plan, py::arg("batch"), py::arg("heads"), py::arg("height"),
+        py::arg("width"), py::arg("head_dim"), py::arg("kernel_size"), py::arg("out_channels"),
+        py::arg("multiprocessors"), py::arg("max_shared_bytes"),
+        "The launches between and behind the products of lite_mla in 16 bits, for one scale.");
 }

@@ -6,3 +6,19 @@
 #define EVK_RELU_LINEAR_ATTENTION_BWD                                                                              \
   "relu_linear_attention_bwd(Tensor grad_out, Tensor[] qkv, Tensor state, int head_dim, float eps, int[] scales) " \
   "-> Tensor[]"
+#define EVK_MULTISCALE_AGGREGATE_FWD                                                              \
+  "multiscale_aggregate_fwd(Tensor qkv, Tensor[] depthwise_weights, Tensor[] pointwise_weights, " \
+  "Tensor[] depthwise_biases, Tensor[] pointwise_biases, int head_dim) -> Tensor[]"
+#define EVK_MULTISCALE_AGGREGATE_BWD                                                                          \
+  "multiscale_aggregate_bwd(Tensor[] grad_outs, Tensor qkv, Tensor[] depthwise_weights, "                     \
+  "Tensor[] pointwise_weights, Tensor[] depthwise_biases, int head_dim, bool needs_qkv, bool needs_weights, " \
+  "bool needs_biases) -> Tensor[]"
+// Parts of lite_mla on CUDA, for the library's own use.
+#define EVK_AGGREGATE_ATTENTION_FWD                                                                                 \
+  "aggregate_attention_fwd(Tensor qkv, Tensor[] depthwise_weights, Tensor[] pointwise_weights, "                    \
+  "Tensor[] depthwise_biases, Tensor[] pointwise_biases, int head_dim, float eps, bool channels_last) -> (Tensor, " \
+  "Tensor)"
+#define EVK_PROJECTION_EPILOGUE \
+  "projection_epilogue(Tensor(a!) y, Tensor? scale, Tensor? shift, Tensor? residual) -> ()"
+#define EVK_PROJECTION \
+  "projection(Tensor weight, Tensor x, Tensor? scale, Tensor? shift, Tensor? residual, Tensor(a!) y) -> ()"

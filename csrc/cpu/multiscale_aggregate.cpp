@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "../schemas.h"
 #include "multiscale_aggregate_launch.h"
 #include "plan.h"
 
@@ -256,13 +257,8 @@ std::vector<Tensor> multiscale_aggregate_bwd_cpu(std::vector<Tensor> grad_outs, 
 }  // namespace efficientvit_kernels::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(efficientvit_kernels, m) {
-  m.def(
-      "multiscale_aggregate_fwd(Tensor qkv, Tensor[] depthwise_weights, Tensor[] pointwise_weights, "
-      "Tensor[] depthwise_biases, Tensor[] pointwise_biases, int head_dim) -> Tensor[]");
-  m.def(
-      "multiscale_aggregate_bwd(Tensor[] grad_outs, Tensor qkv, Tensor[] depthwise_weights, "
-      "Tensor[] pointwise_weights, Tensor[] depthwise_biases, int head_dim, bool needs_qkv, bool needs_weights, "
-      "bool needs_biases) -> Tensor[]");
+  m.def(EVK_MULTISCALE_AGGREGATE_FWD);
+  m.def(EVK_MULTISCALE_AGGREGATE_BWD);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(efficientvit_kernels, CPU, m) {

@@ -1,10 +1,11 @@
 // Launcher and registration of relu_linear_attention on CUDA: checks, allocation, the plan, launches.
 #include <torch/csrc/stable/library.h>
 
+#include "ops.h"
 #include "relu_linear_attention.h"
 #include "relu_linear_attention_kernels.cuh"
 #include "runtime.h"
-#include "sum_splits_kernels.cuh"
+#include "sum_splits.h"
 
 namespace efficientvit_kernels::cuda {
 namespace {
@@ -90,10 +91,8 @@ class Problem {
   Tensor readable(const Tensor& states, std::optional<Tensor> to = std::nullopt) const {
     if (!plan.sums_splits) return states;
     Tensor sums = to.has_value() ? *to : empty_states(1);
-    const int64_t numel = (head_dim + 1) * head_dim, count = batch * groups * numel;
-    launch_(sum_splits_kernel, ceil_div(count, kThreads), kThreads, 0,
-            static_cast<const float*>(states.const_data_ptr()), static_cast<float*>(sums.mutable_data_ptr()),
-            plan.splits(), static_cast<int>(numel), count);
+    sum_splits(launch_, static_cast<const float*>(states.const_data_ptr()),
+               static_cast<float*>(sums.mutable_data_ptr()), batch * groups, plan.splits(), (head_dim + 1) * head_dim);
     return sums;
   }
 
@@ -111,32 +110,6 @@ class Problem {
 
 const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 float* mutable_floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
-
-std::tuple<Tensor, Tensor> relu_linear_attention_fwd(std::vector<Tensor> qkv, int64_t head_dim, double eps) {
-  const char* op = "relu_linear_attention";
-  check_qkv(op, qkv, head_dim);
-  count_call();
-  const Launcher launch(qkv[0]);
-  const Problem problem(op, qkv, head_dim, eps, launch);
-  Tensor out = empty_image(qkv[0], problem.groups * head_dim);
-  Tensor state = empty_floats(qkv[0], {problem.batch, problem.groups, head_dim + 1, head_dim});
-  if (problem.empty()) return {out, torch::stable::zero_(state)};
-
-  std::vector<int64_t> scales(qkv.size());
-  for (size_t i = 0; i < scales.size(); ++i) scales[i] = static_cast<int64_t>(i);
-  const bool split = problem.plan.splits() > 1;
-  Tensor states = split ? problem.empty_states(problem.plan.splits()) : state;
-  ReluLinearAttentionArgs args{};
-  args.sums = mutable_floats(states);
-  problem.run(&Kernels::kv_state, problem.plan.kv_state, args, out, scales);
-  const Tensor readable = problem.readable(states, state);
-  args = {};
-  args.states = floats(readable);
-  args.splits = problem.plan.states_to_read();
-  args.state = args.splits > 1 ? mutable_floats(state) : nullptr;
-  problem.run(&Kernels::apply, problem.plan.apply, args, out, scales);
-  return {out, state};
-}
 
 std::vector<Tensor> relu_linear_attention_bwd(Tensor grad_out, std::vector<Tensor> qkv, Tensor state, int64_t head_dim,
                                               double eps, std::vector<int64_t> scales) {
@@ -178,6 +151,33 @@ std::vector<Tensor> relu_linear_attention_bwd(Tensor grad_out, std::vector<Tenso
 }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor> relu_linear_attention_fwd(std::vector<Tensor> qkv, int64_t head_dim, double eps) {
+  const char* op = "relu_linear_attention";
+  check_qkv(op, qkv, head_dim);
+  count_call();
+  const Launcher launch(qkv[0]);
+  const Problem problem(op, qkv, head_dim, eps, launch);
+  Tensor out = empty_image(qkv[0], problem.groups * head_dim);
+  Tensor state = empty_floats(qkv[0], {problem.batch, problem.groups, head_dim + 1, head_dim});
+  if (problem.empty()) return {out, torch::stable::zero_(state)};
+
+  std::vector<int64_t> scales(qkv.size());
+  for (size_t i = 0; i < scales.size(); ++i) scales[i] = static_cast<int64_t>(i);
+  const bool split = problem.plan.splits() > 1;
+  Tensor states = split ? problem.empty_states(problem.plan.splits()) : state;
+  ReluLinearAttentionArgs args{};
+  args.sums = mutable_floats(states);
+  problem.run(&Kernels::kv_state, problem.plan.kv_state, args, out, scales);
+  const Tensor readable = problem.readable(states, state);
+  args = {};
+  args.states = floats(readable);
+  args.splits = problem.plan.states_to_read();
+  args.state = args.splits > 1 ? mutable_floats(state) : nullptr;
+  problem.run(&Kernels::apply, problem.plan.apply, args, out, scales);
+  return {out, state};
+}
+
 }  // namespace efficientvit_kernels::cuda
 
 EVK_CUDA_LIBRARY_IMPL(m) {

@@ -1,6 +1,9 @@
+#include <torch/csrc/stable/library.h>
+
 #include <algorithm>
 #include <atomic>
 
+#include "../schemas.h"
 #include "runtime.h"
 
 namespace efficientvit_kernels::cuda {
@@ -73,7 +76,32 @@ Access access_of(const std::vector<Image>& images, int64_t tokens) {
   return all(along_channels) ? Access::kChannels : Access::kElements;
 }
 
+Access access_of_rows(const std::vector<Image>& images, int64_t bytes) {
+  const int64_t vector = 16 / bytes;
+  const auto all = [&](auto allows) { return std::all_of(images.begin(), images.end(), allows); };
+  const auto divides = [=](const Image& image, int64_t inner) {
+    return reinterpret_cast<uintptr_t>(image.data) % 16 == 0 && image.stride_b % vector == 0 &&
+           image.stride_h % vector == 0 && inner % vector == 0;
+  };
+  if (all([=](const Image& image) {
+        return image.stride_w == 1 && image.width % vector == 0 && divides(image, image.stride_c);
+      })) {
+    return Access::kTokens;
+  }
+  const bool channels = all([=](const Image& image) { return image.stride_c == 1 && divides(image, image.stride_w); });
+  return channels ? Access::kChannels : Access::kElements;
+}
+
 }  // namespace efficientvit_kernels::cuda
+
+// The CPU library defines the public ops.
+#if defined(__CUDACC__)
+STABLE_TORCH_LIBRARY_FRAGMENT(efficientvit_kernels, m) {
+  m.def(EVK_AGGREGATE_ATTENTION_FWD);
+  m.def(EVK_PROJECTION_EPILOGUE);
+  m.def(EVK_PROJECTION);
+}
+#endif
 
 // For tests and `info`, through ctypes: whether kernels ran, and what they were compiled for.
 extern "C" __attribute__((visibility("default"))) int64_t efficientvit_kernels_cuda_calls() {

@@ -69,9 +69,13 @@ inline MemoryFormat format_like(const Tensor& t) {
   return t.stride(1) == 1 && !t.is_contiguous() ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
-inline Tensor empty_image(const Tensor& like, int64_t channels) {
+inline Tensor empty_image(const Tensor& like, int64_t channels, MemoryFormat format) {
   const int64_t sizes[] = {like.size(0), channels, like.size(2), like.size(3)};
-  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format_like(like));
+  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
+}
+
+inline Tensor empty_image(const Tensor& like, int64_t channels) {
+  return empty_image(like, channels, format_like(like));
 }
 
 inline Tensor empty_floats(const Tensor& like, const std::vector<int64_t>& sizes) {
@@ -83,6 +87,9 @@ Image image_of(const Tensor& t);
 
 // The widest access that every one of these allows, for images of `tokens` tokens.
 Access access_of(const std::vector<Image>& images, int64_t tokens);
+
+// The same for rows of pixels of `bytes` each, 16 bytes at a time.
+Access access_of_rows(const std::vector<Image>& images, int64_t bytes);
 
 }  // namespace efficientvit_kernels::cuda
 

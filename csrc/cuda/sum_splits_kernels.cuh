@@ -1,7 +1,7 @@
 // The second step of a sum that was split over tokens, where there are too many splits for every reader to add up.
 #pragma once
 
-#include "relu_linear_attention_kernels.cuh"
+#include "operands.cuh"
 
 namespace efficientvit_kernels::cuda {
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from ..triton_kernels.configs import MAX_HEAD_DIM  # numbers alone: Triton is no
 PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 DEVICE_OF_BACKEND = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 OPS = ("relu_linear_attention", "multiscale_aggregate", "lite_mla")
-CUDA_OPS = ("relu_linear_attention",)
 CUDA_HEAD_DIMS = (8, 16, 32, 64)
+CUDA_KERNEL_SIZES = (3, 5, 7)
 
 
 def why_not(
@@ -24,7 +25,7 @@ def why_not(
     device_type: str | None,
     dtype: torch.dtype | None = None,
     head_dim: int | None = None,
-    op: str | None = None,
+    kernel_sizes: Sequence[int] = (),
 ) -> str | None:
     """Why `backend` cannot serve such tensors; None if it can. What is None is not asked about."""
     if backend == "reference":
@@ -36,19 +37,20 @@ def why_not(
     if device_type not in (None, DEVICE_OF_BACKEND[backend]) and not (emulated and device_type == "cpu"):
         return f"it needs {DEVICE_OF_BACKEND[backend].upper()} tensors, these are on {device_type}"
     if backend == "cuda":
-        return _why_not_cuda(device_type, dtype, head_dim, op)
+        return _why_not_cuda(device_type, dtype, head_dim, kernel_sizes)
     return _why_not_triton(device_type, dtype, head_dim) if backend == "triton" else None
 
 
 def _why_not_cuda(
-    device_type: str | None, dtype: torch.dtype | None, head_dim: int | None, op: str | None
+    device_type: str | None, dtype: torch.dtype | None, head_dim: int | None, kernel_sizes: Sequence[int]
 ) -> str | None:
-    if op is not None and op not in CUDA_OPS:
-        return f"it has no kernels for this op, only for {', '.join(CUDA_OPS)}"
     if dtype == torch.float64:
         return "it has no float64 kernels"
     if head_dim is not None and head_dim not in CUDA_HEAD_DIMS:
         return f"it serves head_dim {', '.join(map(str, CUDA_HEAD_DIMS))}, got {head_dim}"
+    for size in kernel_sizes:
+        if size not in CUDA_KERNEL_SIZES:
+            return f"it serves depthwise kernels of size {', '.join(map(str, CUDA_KERNEL_SIZES))}, got {size}"
     return None if device_type is None else _library.why_not_run_cuda(device_type)
 
 
@@ -66,6 +68,7 @@ def check_backend(
     device_type: str | None = None,
     dtype: torch.dtype | None = None,
     head_dim: int | None = None,
+    kernel_sizes: Sequence[int] = (),
 ) -> None:
     """Raises unless `backend` is "auto" or one that can serve such tensors; see `why_not`."""
     if backend == "auto":
@@ -73,30 +76,36 @@ def check_backend(
     if backend not in _library.BACKENDS:
         expected = ", ".join(repr(name) for name in ("auto", *_library.BACKENDS))
         raise ValueError(f"{op}: backend must be one of {expected}, got {backend!r}")
-    reason = why_not(backend, device_type, dtype, head_dim, op if op in OPS else None)
+    reason = why_not(backend, device_type, dtype, head_dim, kernel_sizes)
     if reason is not None:
         raise NotImplementedError(f"{op}: backend must be one that can run here, got {backend!r}: {reason}")
 
 
 def choose(
-    op: str, backend: str, device_type: str, dtype: torch.dtype | None = None, head_dim: int | None = None
+    op: str,
+    backend: str,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    head_dim: int | None = None,
+    kernel_sizes: Sequence[int] = (),
 ) -> str:
     """The backend that runs, from metadata alone. A named backend runs or raises; it never falls back."""
     if backend == "auto":
         backend = _library.DEFAULT_BACKEND
     if backend == "auto":
         for candidate in PREFERENCE.get(device_type, ()):
-            if why_not(candidate, device_type, dtype, head_dim, op) is None:
+            if why_not(candidate, device_type, dtype, head_dim, kernel_sizes) is None:
                 return candidate
         return "reference"
-    check_backend(op, backend, device_type, dtype, head_dim)
+    check_backend(op, backend, device_type, dtype, head_dim, kernel_sizes)
     return backend
 
 
 def registered(op: str, stage: str, backend: str) -> Any:
     """The registered op behind a backend: the native one for "cpu" and "cuda", where torch's dispatcher picks by
-    device, or Triton's. `stage`: "fwd" or "bwd"."""
-    suffix = "_triton" if backend == "triton" else ""
+    device, or one written in Python. `stage`: "fwd" or "bwd"."""
+    if backend == "triton" or (backend == "cuda" and op == "lite_mla"):
+        return getattr(torch.ops.efficientvit_kernels, f"{op}_{stage}_{backend}").default
     emulated = backend == "cuda" and _library.CUDA_EMULATED
     ops = torch.ops.efficientvit_kernels_emulated if emulated else torch.ops.efficientvit_kernels
-    return getattr(ops, f"{op}_{stage}{suffix}").default
+    return getattr(ops, f"{op}_{stage}").default

@@ -32,7 +32,7 @@ from ._checks import (
     shape_text,
 )
 from ._fakes import empty_image, empty_state, register_fakes
-from ._triton import register_triton
+from ._python_ops import register_python
 
 OP = "lite_mla"
 
@@ -80,10 +80,10 @@ def lite_mla(
         [B, C_out, H, W] of x's dtype; channels_last if x is.
 
     Numerics: products and sums in float32 (float64 for float64) from the stored values. qkv is stored, hence rounded
-    once, in x's dtype; what lies between qkv and y is float32, and y is rounded once; the triton backend also stores,
-    and rounds, the attention's result. The cpu backend gives the same bits from run to run, at any thread count, in any
-    layout and with or without gradients. Backward saves x, qkv and a [B, heads * (1 + S), D + 1, D] state, or x alone;
-    a second differentiation and forward-mode differentiation raise.
+    once, in x's dtype; what lies between qkv and y is float32, and y is rounded once; the triton and cuda backends also
+    store, and round, the attention's result, and cuda the projection's. The cpu backend gives the same bits from run to
+    run, at any thread count, in any layout and with or without gradients. Backward saves x, qkv and a
+    [B, heads * (1 + S), D + 1, D] state, or x alone; a second differentiation and forward-mode differentiation raise.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -115,7 +115,8 @@ def lite_mla(
     compute = torch.promote_types(x.dtype, torch.float32)
     proj_scale = None if proj_scale is None else proj_scale.to(compute)
     proj_shift = None if proj_shift is None else proj_shift.to(compute)
-    backend = choose(OP, backend, x.device.type, x.dtype, head_dim)
+    sizes = [weight.shape[-1] for weight in depthwise_weights]
+    backend = choose(OP, backend, x.device.type, x.dtype, head_dim, sizes)
     if backend == "reference":
         return reference.lite_mla(
             x,
@@ -294,7 +295,7 @@ def _fwd_fake(
     return y, x.new_empty((x.shape[0], channels, *x.shape[2:])), state
 
 
-def _fwd_fake_triton(x: Tensor, qkv_weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fwd_fake_on_gpu(x: Tensor, qkv_weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As the native op's, but that qkv has the format of x, as torch's products give it."""
     y, qkv, state = _fwd_fake(x, qkv_weight, *arguments)
     return y, empty_image(x, qkv_weight.shape[0]) if arguments[-1] else qkv, state
@@ -333,17 +334,20 @@ def _bwd_fake(
 register_fakes(OP, _fwd_fake, _bwd_fake)
 _PRODUCTS = "Tensor qkv_weight, Tensor[] depthwise_weights, Tensor[] pointwise_weights, Tensor proj_weight, "
 _VECTORS = "Tensor? qkv_bias, Tensor[] depthwise_biases, Tensor[] pointwise_biases, Tensor? proj_scale, "
-register_triton(
-    OP,
-    "fwd",
-    f"(Tensor x, {_PRODUCTS}{_VECTORS}Tensor? proj_shift, Tensor? residual, int head_dim, float eps, bool save) "
-    "-> (Tensor, Tensor, Tensor)",
-    _fwd_fake_triton,
-)
-register_triton(
-    OP,
-    "bwd",
-    f"(Tensor grad_y, Tensor x, Tensor? qkv, Tensor? state, {_PRODUCTS}{_VECTORS}bool has_shift, int head_dim, "
-    "float eps, bool needs_x, bool needs_weights) -> Tensor[]",
-    _bwd_fake,
-)
+for _backend in ("triton", "cuda"):
+    register_python(
+        OP,
+        "fwd",
+        _backend,
+        f"(Tensor x, {_PRODUCTS}{_VECTORS}Tensor? proj_shift, Tensor? residual, int head_dim, float eps, bool save) "
+        "-> (Tensor, Tensor, Tensor)",
+        _fwd_fake_on_gpu,
+    )
+    register_python(
+        OP,
+        "bwd",
+        _backend,
+        f"(Tensor grad_y, Tensor x, Tensor? qkv, Tensor? state, {_PRODUCTS}{_VECTORS}bool has_shift, int head_dim, "
+        "float eps, bool needs_x, bool needs_weights) -> Tensor[]",
+        _bwd_fake,
+    )

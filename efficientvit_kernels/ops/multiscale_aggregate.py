@@ -21,7 +21,7 @@ from ._autograd import (
 from ._backends import choose, registered
 from ._checks import check_aggregation, check_qkv
 from ._fakes import empty_image, register_fakes
-from ._triton import register_triton
+from ._python_ops import register_python
 
 OP = "multiscale_aggregate"
 
@@ -71,7 +71,8 @@ def multiscale_aggregate(
     check_aggregation(
         OP, "qkv", qkv, qkv.shape[1], head_dim, depthwise_weights, pointwise_weights, depthwise_biases, pointwise_biases
     )
-    backend = choose(OP, backend, qkv.device.type, qkv.dtype, head_dim)
+    sizes = [weight.shape[-1] for weight in depthwise_weights]
+    backend = choose(OP, backend, qkv.device.type, qkv.dtype, head_dim, sizes)
     if len(depthwise_weights) == 0:
         return []
     if backend == "reference":
@@ -160,16 +161,18 @@ def _bwd_fake(
 
 
 register_fakes(OP, _fwd_fake, _bwd_fake)
-register_triton(
+register_python(
     OP,
     "fwd",
+    "triton",
     "(Tensor qkv, Tensor[] depthwise_weights, Tensor[] pointwise_weights, Tensor[] depthwise_biases, "
     "Tensor[] pointwise_biases, int head_dim) -> Tensor[]",
     _fwd_fake,
 )
-register_triton(
+register_python(
     OP,
     "bwd",
+    "triton",
     "(Tensor[] grad_outs, Tensor qkv, Tensor[] depthwise_weights, Tensor[] pointwise_weights, "
     "Tensor[] depthwise_biases, int head_dim, bool needs_qkv, bool needs_weights, bool needs_biases) -> Tensor[]",
     _bwd_fake,

@@ -13,7 +13,7 @@ from ._autograd import apply_backward, keep_nothing, keep_signatures, needs_auto
 from ._backends import choose, registered
 from ._checks import check_eps, check_qkv
 from ._fakes import empty_image, empty_state, register_fakes
-from ._triton import register_triton
+from ._python_ops import register_python
 
 OP = "relu_linear_attention"
 
@@ -122,10 +122,11 @@ def _bwd_fake(
 
 
 register_fakes(OP, _fwd_fake, _bwd_fake)
-register_triton(OP, "fwd", "(Tensor[] qkv, int head_dim, float eps) -> (Tensor, Tensor)", _fwd_fake)
-register_triton(
+register_python(OP, "fwd", "triton", "(Tensor[] qkv, int head_dim, float eps) -> (Tensor, Tensor)", _fwd_fake)
+register_python(
     OP,
     "bwd",
+    "triton",
     "(Tensor grad_out, Tensor[] qkv, Tensor state, int head_dim, float eps, int[] scales) -> Tensor[]",
     _bwd_fake,
 )

@@ -1,1 +1,1 @@
-"""Triton kernels, one module per op, imported at an op's first call. `ops/_triton.py` registers them with torch."""
+"""Triton kernels, one module per op, imported at an op's first call. `ops/_python_ops.py` registers them with torch."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from efficientvit_kernels.ops._backends import CUDA_HEAD_DIMS
+from efficientvit_kernels.ops._backends import CUDA_HEAD_DIMS, CUDA_KERNEL_SIZES
 
 native = pytest.importorskip("efficientvit_kernels._C", reason="the introspection module was not built")
 
@@ -61,3 +61,56 @@ def test_bad_arguments_are_told() -> None:
     for arguments in ((0, 1, 8), (1, 0, 8), (1, 1, 12)):
         with pytest.raises(ValueError, match="must be positive, head_dim 8, 16, 32 or 64"):
             native.cuda_relu_linear_attention_plan(*arguments, False, 132)
+
+
+IMAGES = ((1, 1), (7, 7), (14, 14), (16, 16), (32, 64), (1, 700), (700, 1), (33, 47), (128, 128))
+SMALLEST_SHARED = 99 * 1024  # what compute capability 8.6, 8.9 and 12.0 give one block
+LARGEST_SHARED = 227 * 1024
+
+
+@pytest.mark.parametrize("size", CUDA_KERNEL_SIZES)
+@pytest.mark.parametrize("head_dim", CUDA_HEAD_DIMS)
+def test_every_pixel_has_a_tile(head_dim: int, size: int) -> None:
+    for height, width in IMAGES:
+        for shared in (SMALLEST_SHARED, LARGEST_SHARED):
+            plans = [
+                native.cuda_multiscale_aggregate_plan(3, 2, height, width, head_dim, size, fp32, shared)[kernel]
+                for fp32 in (False, True)
+                for kernel in ("forward", "gradients")
+            ]
+            block = native.cuda_lite_mla_plan(3, 2, height, width, head_dim, size, 128, 132, shared)
+            assert block["fused"] == (head_dim <= 32)
+            plans += [block[kernel] for kernel in ("state", "apply") if block["fused"]]
+            for plan in plans:
+                down, across = -(-height // plan["rows"]), -(-width // plan["cols"])
+                assert plan["tiles"] == down * across
+                assert plan["threads"] in (32, 64, 128)
+                assert plan["shared_bytes"] <= shared
+
+
+@pytest.mark.parametrize("head_dim", CUDA_HEAD_DIMS)
+def test_runs_share_the_tiles_of_all_images(head_dim: int) -> None:
+    for batch in (1, 2, 31, 32, 33, 1000):
+        plan = native.cuda_multiscale_aggregate_plan(batch, 2, 33, 47, head_dim, 5, False, LARGEST_SHARED)["gradients"]
+        tasks = batch * plan["tiles"]
+        assert plan["runs"] <= min(32, tasks)
+        assert plan["runs"] >= min(tasks, 16)
+        assert plan["grid"] == plan["runs"] * 6 * head_dim // 8
+
+
+def test_a_projection_of_few_tokens_takes_smaller_tiles() -> None:
+    def plan(batch: int) -> dict[str, Any]:
+        found: dict[str, Any] = native.cuda_lite_mla_plan(batch, 8, 14, 14, 16, 5, 128, 132, LARGEST_SHARED)
+        return found["projection"]  # type: ignore[no-any-return]
+
+    assert plan(1) == {"grid": 2 * 7, "threads": 128, "tokens": 32, "shared_bytes": 3 * 96 * 40 * 2}
+    assert plan(64)["tokens"] == 64
+    assert plan(64)["grid"] == 2 * 64 * 196 // 64
+
+
+def test_bad_images_are_told() -> None:
+    for arguments in ((0, 1, 1, 1, 8, 5), (1, 1, 0, 1, 8, 5), (1, 1, 1, 1, 12, 5), (1, 1, 1, 1, 8, 9)):
+        with pytest.raises(ValueError, match="kernel_size 3, 5 or 7"):
+            native.cuda_multiscale_aggregate_plan(*arguments, False, LARGEST_SHARED)
+        with pytest.raises(ValueError, match="kernel_size 3, 5 or 7"):
+            native.cuda_lite_mla_plan(*arguments, 128, 132, LARGEST_SHARED)

@@ -1,4 +1,5 @@
-"""Registers the Triton kernels as torch ops, without importing Triton: that happens at the first call of each.
+"""Registers ops that are written in Python: those on Triton, and lite_mla on CUDA. Their modules are imported at the
+first call of each, and Triton with them.
 
 Opaque ops, like the native ones: torch.compile sees a call with a fake kernel, and does not trace into it.
 """
@@ -16,20 +17,24 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("efficientvit_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def register_triton(op: str, stage: str, signature: str, fake: Callable[..., object]) -> None:
-    """`<op>_<stage>_triton`, computed by the function `<op>_<stage>` of `triton_kernels.<op>`.
+# Where the functions `<op>_<stage>` of a backend stand.
+_MODULES = {"triton": "..triton_kernels.{}", "cuda": "._cuda_{}"}
+
+
+def register_python(op: str, stage: str, backend: str, signature: str, fake: Callable[..., object]) -> None:
+    """`<op>_<stage>_<backend>`, computed by a Python function.
 
     signature: arguments and results in torch's schema language, those of the native op.
     """
-    name = f"{op}_{stage}_triton"
+    name = f"{op}_{stage}_{backend}"
     _LIBRARY.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 
     def run(*arguments: Any) -> Any:
-        kernels = importlib.import_module(f"..triton_kernels.{op}", __package__)
+        kernels = importlib.import_module(_MODULES[backend].format(op), __package__)
         with _device_of(arguments):
             return getattr(kernels, f"{op}_{stage}")(*arguments)
 
-    for key in ("CUDA", "CPU"):  # CPU: for the interpreter; `why_not` keeps everything else away
+    for key in ("CUDA", "CPU"):  # CPU: for the interpreter and the emulator; `why_not` keeps everything else away
         _LIBRARY.impl(name, run, key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"efficientvit_kernels::{name}", fake, lib=_LIBRARY)
 
