@@ -60,7 +60,7 @@ constexpr int64_t aggregate_shared_bytes(int rows, int cols, int head_dim, int s
 // The same of a tile of the backward.
 constexpr int64_t aggregate_grad_shared_bytes(int rows, int cols, int head_dim, int size, int bytes) {
   const int64_t d = head_dim, floats = 4;
-  const int64_t taps = kChunk * size * tap_pitch(size) * floats, weights = bytes == 4 ? kChunk * d * floats : 0;
+  const int64_t taps = 2 * kChunk * size * tap_pitch(size) * floats, weights = bytes == 4 ? kChunk * d * floats : 0;
   const int margin = halo_margin(bytes);
   const int64_t grad = d * halo_plane(rows, cols, size, margin, bytes, 8) * bytes;
   const int64_t x = kChunk * halo_plane(rows, cols, size, margin, bytes, 4) * bytes;

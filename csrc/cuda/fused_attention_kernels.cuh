@@ -146,7 +146,7 @@ struct AggregatedKeys {
         float sums[8];
 #pragma unroll
         for (float& sum : sums) sum = biases[at + t];
-        convolve<8, K>(sums, own + at * k.plane, k.pitch(), taps + (at + t) * K * tap_pitch(K));
+        convolve<8, K, 1>(sums, own + at * k.plane, k.pitch(), taps + (at + t) * K * tap_pitch(K));
 #pragma unroll
         for (int i = 0; i < 8; ++i) d[e][i] = to_tf32(sums[i]);
       }
@@ -204,7 +204,7 @@ __device__ void add_aggregated(WarpState<D>& sum, const AggregatedKeys<T, D, K>&
         float sums[8];
 #pragma unroll
         for (float& x : sums) x = biases[c];
-        convolve<8, K>(sums, v.at(c, row, column), v.pitch(), taps + c * K * tap_pitch(K));
+        convolve<8, K, 1>(sums, v.at(c, row, column), v.pitch(), taps + c * K * tap_pitch(K));
 #pragma unroll
         for (int i = 0; i < 8; ++i) rows[half][j][i] = window.shows(row, column + i) ? to_tf32(sums[i]) : 0u;
       }

@@ -195,9 +195,10 @@ __device__ void load_taps(float (&taps)[K], const float* row) {
 }
 
 // acc += the depthwise convolution at kPixels neighbours of a row; `first` is the first of them, `pitch` a row.
-template <int kPixels, int K, class T>
+// kUnroll: rows of taps under way at once, each of which takes registers.
+template <int kPixels, int K, int kUnroll = K, class T>
 __device__ void convolve(float (&acc)[kPixels], const T* first, int pitch, const float* taps) {
-#pragma unroll
+#pragma unroll kUnroll
   for (int dy = 0; dy < K; ++dy) {
     float x[kPixels + K - 1], tap[K];
     load_row<kPixels, K>(x, first + (dy - K / 2) * pitch);

@@ -20,10 +20,11 @@ constexpr int sums_columns(int head_dim, int size) { return head_dim + size * si
 template <class T, int D, int K>
 struct GradTile {
   static constexpr int kMargin = halo_margin(sizeof(T));
-  float* taps;    // [kChunk, K, tap_pitch]
-  float* weight;  // float32: P as [kChunk, D]
-  Halo<T> grad;   // of grad_out, D planes
-  Halo<T> x;      // of qkv, kChunk channels
+  float* taps;     // [kChunk, K, tap_pitch]
+  float* flipped;  // the same, in reverse
+  float* weight;   // float32: P as [kChunk, D]
+  Halo<T> grad;    // of grad_out, D planes
+  Halo<T> x;       // of qkv, kChunk channels
   Halo<float> middle;
   float* hidden;  // [kChunk, pixels]: D * qkv + b
   int plane;      // of `hidden`
@@ -33,7 +34,8 @@ struct GradTile {
   __device__ GradTile(unsigned char* shared, const AggregateArgs& args) {
     const int rows = args.rows, cols = args.cols;
     taps = reinterpret_cast<float*>(shared);
-    weight = taps + kChunk * K * tap_pitch(K);
+    flipped = taps + kChunk * K * tap_pitch(K);
+    weight = flipped + kChunk * K * tap_pitch(K);
     grad = {reinterpret_cast<T*>(weight + (sizeof(T) == 4 ? kChunk * D : 0)),
             rows,
             cols,
@@ -206,7 +208,8 @@ struct PointwiseSums<float, D> {
 };
 
 template <class T, int D, int K>
-__global__ void __launch_bounds__(kThreads, 2) aggregate_gradients_kernel(AggregateArgs args) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && (K == 3 || (K == 5 && D <= 16)) ? 3 : 2)
+    aggregate_gradients_kernel(AggregateArgs args) {
   EVK_DYNAMIC_SHARED(shared);
   constexpr bool kFp32 = sizeof(T) == 4;
   constexpr int kPad = K / 2, kColumns = sums_columns(D, K);
@@ -217,6 +220,10 @@ __global__ void __launch_bounds__(kThreads, 2) aggregate_gradients_kernel(Aggreg
   const auto natural = [](int c) { return c; };
 
   load_all_taps<kChunk, K>(tile.taps, static_cast<const T*>(args.depthwise), own_first, natural);
+  for (int e = threadIdx.x; e < kChunk * K * K; e += blockDim.x) {
+    const int at = e / K * tap_pitch(K) + e % K, c = e / (K * K), tap = K * K - 1 - e % (K * K);
+    tile.flipped[at] = value_of(static_cast<const T*>(args.depthwise) + (own_first + c) * K * K + tap);
+  }
   const T* pointwise = static_cast<const T*>(args.pointwise) + first * D;
   MiddleWeights<T, D> weights;
   if constexpr (kFp32) {
@@ -230,6 +237,7 @@ __global__ void __launch_bounds__(kThreads, 2) aggregate_gradients_kernel(Aggreg
   const int channel = threadIdx.x % kChunk;
   const float bias = bias_at<T>(args.depthwise_bias, own_first + channel);
   const float* taps = tile.taps + channel * K * tap_pitch(K);
+  const float* flipped = tile.flipped + channel * K * tap_pitch(K);
   float tap_sums[K][K] = {}, middle_sum = 0.0f, grad_sum = 0.0f;
   PointwiseSums<T, D> pointwise_sums;
 
@@ -265,17 +273,14 @@ __global__ void __launch_bounds__(kThreads, 2) aggregate_gradients_kernel(Aggreg
       }
 #pragma unroll
       for (int dy = 0; dy < K; ++dy) {
-        float x_row[8 + K - 1], middle_row[8 + K - 1], tap[K], flipped[K];
+        float x_row[8 + K - 1], tap[K];
         load_row<8, K>(x_row, x + (dy - kPad) * tile.x.pitch());
-        load_row<8, K>(middle_row, middle + (dy - kPad) * tile.middle.pitch());
         load_taps<K>(tap, taps + dy * tap_pitch(K));
-        load_taps<K>(flipped, taps + (K - 1 - dy) * tap_pitch(K));
 #pragma unroll
         for (int dx = 0; dx < K; ++dx) {
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
             hidden[i] += tap[dx] * x_row[i + dx];
-            grad[i] += flipped[K - 1 - dx] * middle_row[i + dx];
             // Not 0 * inf: an infinite x reaches the taps of pixels that exist.
             tap_sums[dy][dx] += i < there ? own[i] * x_row[i + dx] : 0.0f;
           }
@@ -288,6 +293,7 @@ __global__ void __launch_bounds__(kThreads, 2) aggregate_gradients_kernel(Aggreg
         to[i] = kFp32 ? value : __uint_as_float(to_tf32(value));
       }
       if (!args.needs_qkv || there == 0) continue;
+      convolve<8, K, 1>(grad, middle, tile.middle.pitch(), flipped);
       if (args.grads_before != nullptr || args.grads_after != nullptr) {
         const int64_t at = (((batch * args.parts * D + own_first + channel) * args.height + window.y0 + row) *
                             static_cast<int64_t>(args.width)) +

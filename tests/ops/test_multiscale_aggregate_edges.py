@@ -8,12 +8,16 @@ from torch import Tensor
 
 from efficientvit_kernels import multiscale_aggregate
 from tests.ops.aggregate_samples import Sample, run
-from tests.ops.block_common import as_leaves, in_dtype, tensors_of
-from tests.ops.common import BACKENDS, DTYPES, HALF, as_layout
+from tests.ops.block_common import Arguments, as_leaves, in_dtype, mapped, tensors_of
+from tests.ops.common import BACKENDS, DTYPES, EXECUTORS, HALF, as_layout, device_of, executors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 inf, nan = float("inf"), float("nan")
+
+
+def on_device(arguments: Arguments, backend: str) -> Arguments:
+    return mapped(arguments, lambda _, tensor: tensor.to(device_of(backend)))
 
 
 def neighbourhood(size: tuple[int, int], y: int, x: int, kernel: int) -> Tensor:
@@ -79,52 +83,54 @@ def test_nan_in_every_lane(layout: str, width: int) -> None:
                 assert torch.equal(torch.isnan(out), reached)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), executors(DTYPES), ids=str)
 def test_nan_in_a_weight(backend: str, dtype: torch.dtype) -> None:
     """A NaN in the middle tap reaches every pixel of its group; one in a pointwise weight, its channel."""
-    arguments = Sample(2, 2, 4, 5, 6, kernels=(3,)).make(dtype)
+    arguments = Sample(2, 2, 8, 5, 6, kernels=(3,)).make(dtype)
     arguments["depthwise_weights"][0][5, 0, 1, 1] = nan
     arguments["pointwise_weights"][0][17, 2] = nan
-    (out,) = multiscale_aggregate(**arguments, backend=backend)
-    reached = torch.zeros(24, dtype=torch.bool)
-    reached[4:8] = True
+    (out,) = multiscale_aggregate(**on_device(arguments, backend), backend=backend)
+    reached = torch.zeros(48, dtype=torch.bool)
+    reached[:8] = True
     reached[17] = True
-    assert torch.equal(torch.isnan(out), reached[None, :, None, None].expand(out.shape))
+    assert torch.equal(torch.isnan(out).cpu(), reached[None, :, None, None].expand(out.shape))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXECUTORS)
 def test_nan_in_grad_out(backend: str) -> None:
     """It reaches the k x k pixels around it in its group and image, and the weights of its group."""
-    arguments = as_leaves(Sample(2, 2, 4, 7, 9, kernels=(3,), biases=True).make(torch.float32))
+    sample = Sample(2, 2, 8, 7, 9, kernels=(3,), biases=True)
+    arguments = as_leaves(on_device(sample.make(torch.float32), backend))
     (out,) = multiscale_aggregate(**arguments, backend=backend)
     grad_out = torch.ones_like(out)
     grad_out[1, 9, 3, 4] = nan
     named = tensors_of(arguments)
-    grads = dict(zip(named, torch.autograd.grad(out, list(named.values()), grad_out), strict=True))
-    reached = torch.zeros(2, 24, 7, 9, dtype=torch.bool)
-    reached[1, 8:12] = neighbourhood((7, 9), 3, 4, 3)
+    found = torch.autograd.grad(out, list(named.values()), grad_out)
+    grads = {name: grad.cpu() for name, grad in zip(named, found, strict=True)}
+    reached = torch.zeros(2, 48, 7, 9, dtype=torch.bool)
+    reached[1, 8:16] = neighbourhood((7, 9), 3, 4, 3)
     assert torch.equal(torch.isnan(grads["qkv"]), reached)
-    group = torch.zeros(24, dtype=torch.bool)
-    group[8:12] = True
-    row = torch.zeros(24, dtype=torch.bool)
+    group = torch.zeros(48, dtype=torch.bool)
+    group[8:16] = True
+    row = torch.zeros(48, dtype=torch.bool)
     row[9] = True
     expected = {"depthwise_weights[0]": group, "depthwise_biases[0]": group}
     for name, channels in (expected | {"pointwise_weights[0]": row, "pointwise_biases[0]": row}).items():
-        assert torch.equal(torch.isnan(grads[name]).view(24, -1).any(1), channels), name
+        assert torch.equal(torch.isnan(grads[name]).view(48, -1).any(1), channels), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXECUTORS)
 def test_e4_e5_large_magnitudes(backend: str, dtype: torch.dtype) -> None:
     """Between the two convolutions nothing is stored: what would overflow float16 there cancels or shrinks again."""
-    arguments = Sample(2, 2, 4, 9, 8, kernels=(5,)).make(dtype)
+    arguments = Sample(2, 2, 8, 9, 8, kernels=(5,)).make(dtype)
     arguments["qkv"].fill_(3e4)
     arguments["depthwise_weights"][0].fill_(1.0)
-    arguments["pointwise_weights"][0].fill_(2**-7)
-    (out,) = multiscale_aggregate(**arguments, backend=backend)
+    arguments["pointwise_weights"][0].fill_(2**-8)
+    (out,) = multiscale_aggregate(**on_device(arguments, backend), backend=backend)
     assert torch.isfinite(out).all()
-    assert torch.allclose(out[:, :, 2:-2, 2:-2].float(), arguments["qkv"][0, 0, 0, 0].float() * 25 * 4 / 128, rtol=8e-3)
+    inside = out[:, :, 2:-2, 2:-2].cpu().float()
+    assert torch.allclose(inside, arguments["qkv"][0, 0, 0, 0].float() * 25 * 8 / 256, rtol=8e-3)
     found = run(arguments, backend)
     assert all(torch.isfinite(found[name]).all() for name in ("out[0]", "grad_qkv"))
 
@@ -158,8 +164,7 @@ def test_e27_flush_denormal(backend: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 8), (2, 0, 8), (2, 8, 0), (0, 0, 0)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), executors(DTYPES), ids=str)
 def test_e15_e16_empty_inputs(backend: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     """Empty outputs, and gradients of the weights that are exactly zero."""
     batch, height, width = shape
@@ -174,10 +179,11 @@ def test_e15_e16_empty_inputs(backend: str, dtype: torch.dtype, shape: tuple[int
             assert not torch.isnan(result).any(), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXECUTORS)
 def test_no_channels(backend: str) -> None:
-    weights = [torch.zeros(0, 1, 3, 3)], [torch.zeros(0, 8, 1, 1)]
-    (out,) = multiscale_aggregate(torch.zeros(2, 0, 4, 4), *weights, head_dim=8, backend=backend)
+    device = device_of(backend)
+    weights = [torch.zeros(0, 1, 3, 3, device=device)], [torch.zeros(0, 8, 1, 1, device=device)]
+    (out,) = multiscale_aggregate(torch.zeros(2, 0, 4, 4, device=device), *weights, head_dim=8, backend=backend)
     assert out.shape == (2, 0, 4, 4)
 
 
