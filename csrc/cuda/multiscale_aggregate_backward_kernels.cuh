@@ -233,7 +233,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && (K == 3 || (K == 5
   } else {
     weights.load(pointwise, chunk, lane);
   }
-  // A thread has one channel of the chunk, and every 16th segment of 8 pixels of a tile.
+  // A thread has one channel of the chunk, and every 16th segment of a tile. At K = 7 the sums leave fewer registers.
+  constexpr int kPixels = K == 7 ? 4 : 8;
   const int channel = threadIdx.x % kChunk;
   const float bias = bias_at<T>(args.depthwise_bias, own_first + channel);
   const float* taps = tile.taps + channel * K * tap_pitch(K);
@@ -257,62 +258,62 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && (K == 3 || (K == 5
     }
     __syncthreads();
 
-    const int across = args.cols / 8;
+    const int across = args.cols / kPixels;
     for (int segment = threadIdx.x / kChunk; segment < args.rows * across; segment += blockDim.x / kChunk) {
-      const int row = segment / across, column = segment % across * 8;
-      const int there = window.shows(row, column) ? min(8, args.width - window.x0 - column) : 0;
+      const int row = segment / across, column = segment % across * kPixels;
+      const int there = window.shows(row, column) ? min(kPixels, args.width - window.x0 - column) : 0;
       const T* x = tile.x.at(channel, row, column);
       const float* middle = tile.middle.at(channel, row, column);
-      float own[8], grad[8] = {}, hidden[8];
-      load_row<8, 1>(own, middle);
+      float own[kPixels], grad[kPixels] = {}, hidden[kPixels];
+      load_row<kPixels, 1>(own, middle);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < kPixels; ++i) {
         middle_sum += own[i];
         hidden[i] = bias;
         grad_sum += value_of(tile.grad.at(plane_of<D>(chunk * kChunk + channel), row, column + i));
       }
 #pragma unroll
       for (int dy = 0; dy < K; ++dy) {
-        float x_row[8 + K - 1], tap[K];
-        load_row<8, K>(x_row, x + (dy - kPad) * tile.x.pitch());
+        float x_row[kPixels + K - 1], tap[K];
+        load_row<kPixels, K>(x_row, x + (dy - kPad) * tile.x.pitch());
         load_taps<K>(tap, taps + dy * tap_pitch(K));
 #pragma unroll
         for (int dx = 0; dx < K; ++dx) {
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
+          for (int i = 0; i < kPixels; ++i) {
             hidden[i] += tap[dx] * x_row[i + dx];
             // Not 0 * inf: an infinite x reaches the taps of pixels that exist.
             tap_sums[dy][dx] += i < there ? own[i] * x_row[i + dx] : 0.0f;
           }
         }
       }
-      float* to = tile.hidden + channel * tile.plane + segment * 8;
+      float* to = tile.hidden + channel * tile.plane + segment * kPixels;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < kPixels; ++i) {
         const float value = i < there ? hidden[i] : 0.0f;
         to[i] = kFp32 ? value : __uint_as_float(to_tf32(value));
       }
       if (!args.needs_qkv || there == 0) continue;
-      convolve<8, K, 1>(grad, middle, tile.middle.pitch(), flipped);
+      convolve<kPixels, K, 1>(grad, middle, tile.middle.pitch(), flipped);
       if (args.grads_before != nullptr || args.grads_after != nullptr) {
         const int64_t at = (((batch * args.parts * D + own_first + channel) * args.height + window.y0 + row) *
                             static_cast<int64_t>(args.width)) +
                            window.x0 + column;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < kPixels; ++i) {
           if (i < there && args.grads_before != nullptr) grad[i] += args.grads_before[at + i];
           if (i < there && args.grads_after != nullptr) args.grads_after[at + i] = grad[i];
         }
       }
-      T* staged = tile.staged + channel * tile.staged_plane + segment * 8;
+      T* staged = tile.staged + channel * tile.staged_plane + segment * kPixels;
       if constexpr (kFp32) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) staged[i] = grad[i];
+        for (int i = 0; i < kPixels; ++i) staged[i] = grad[i];
       } else {
-        uint32_t words[4];
+        uint32_t words[kPixels / 2];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] = Packed<T>::pack(grad[2 * i], grad[2 * i + 1]);
-        store_words<4>(staged, words);
+        for (int i = 0; i < kPixels / 2; ++i) words[i] = Packed<T>::pack(grad[2 * i], grad[2 * i + 1]);
+        store_words<kPixels / 2>(staged, words);
       }
     }
     __syncthreads();
