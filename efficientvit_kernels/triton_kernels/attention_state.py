@@ -33,4 +33,5 @@ def last_rows_sum(p_state, o_d, splits, D: tl.constexpr):
 def store_state_rows(p_state, kv, z, o_row, o_d, D: tl.constexpr):
     """Rows o_row of KV, and, with the first of them, z."""
     tl.store(p_state + o_row[:, None] * D + o_d[None, :], kv, mask=(o_row < D)[:, None] & (o_d < D)[None, :])
-    tl.store(p_state + D * D + o_d, z, mask=(o_d < D) & (tl.min(o_row) == 0))
+    # Not `& (tl.min(o_row) == 0)`: Triton 3.9's interpreter refuses a mask that a scalar condition is part of.
+    tl.store(p_state + D * D + o_d, z, mask=o_d + tl.min(o_row) * D < D)

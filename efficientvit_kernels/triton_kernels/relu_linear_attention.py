@@ -144,7 +144,8 @@ def grad_state_kernel(
         q_wide = q.to(tl.float32)
         if ROW_BLOCKS > 1:  # z would fill registers through the loop over the blocks
             z = last_rows_sum(p_state, o_d, 1, D)
-        den = (tl.sum(q_wide * z[:, None], axis=0) + eps)[None, :]
+        # Beyond the tokens den would be eps, which may be 0, and 0 / 0 spoil the sums.
+        den = tl.where(m_n, (tl.sum(q_wide * z[:, None], axis=0) + eps)[None, :], 1.0)
         out_offsets = token_offsets(o_n, width, stride_out_h, stride_out_w, OUT_FLAT)[None, :]
         p = p_out + o_r[:, None].to(tl.int64) * stride_out_c + out_offsets
         own_num = rounded(load(p, (o_r < D)[:, None] & m_n).to(tl.float32) / den, PRECISION)  # [R, N]
@@ -171,7 +172,7 @@ def grad_state_kernel(
         grad_z += tl.sum(q_wide * grad_den, axis=1)
         grad_q = tl.where(q_wide <= 0, 0.0, grad_q + z[:, None] * grad_den)
         p = p_grad_q[:, None] + (o_n.to(tl.int64) * stride_grad_n)[None, :]
-        tl.store(p, narrowed(grad_q, grad_qkv.dtype.element_ty), mask=m_d & (i_r == 0))
+        tl.store(p, narrowed(grad_q, grad_qkv.dtype.element_ty), mask=(o_d + i_r * BLOCK_D < D)[:, None] & m_n)
     p_grads = grad_states + ((i_b * heads + i_head) * splits + i_split) * (D + 1) * D
     store_state_rows(p_grads, grad_kv, grad_z, o_r, o_d, D)
 

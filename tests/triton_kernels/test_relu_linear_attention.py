@@ -10,7 +10,7 @@ import statistics
 import pytest
 import torch
 
-from efficientvit_kernels import reference
+from efficientvit_kernels import reference, relu_linear_attention
 from efficientvit_kernels.testing import make_qkv, triton_launches
 from efficientvit_kernels.triton_kernels import configs, launch
 from efficientvit_kernels.triton_kernels.relu_linear_attention import relu_linear_attention_fwd
@@ -18,6 +18,7 @@ from tests.ops.common import HALF, SAMPLES, Sample, as_layout, device_of, grad_o
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = [torch.float32, *HALF]
+inf, nan = float("inf"), float("nan")
 SMALL = [
     sample
     for sample in SAMPLES
@@ -126,6 +127,33 @@ def test_e26_with_blocks_of_rows(dtype: torch.dtype) -> None:
         for name, result in (("ours", grad), ("float32", base)):
             worst[name] = max(worst[name], float((result.double() - truth).abs().max()))
     assert 0 < worst["ours"] <= 2 * worst["float32"], worst
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinite_gradients(dtype: torch.dtype) -> None:
+    """T3: an infinite product is rounded to TF32, and leaves no NaN behind as the second part of an operand."""
+    qkv = torch.ones(1, 48, 1, 3)
+    qkv[0, 32:] = 0
+    qkv[0, 32, 0] = torch.tensor([3.0, -1.0, 2.0**-12])  # out is their mean; the sum has more than 11 bits
+    leaf = qkv.to(device_of("triton"), dtype).requires_grad_()
+    out = relu_linear_attention(leaf, 16, backend="triton")
+    grad_out = torch.zeros_like(out)
+    grad_out[0, 0, 0, 0] = inf
+    (grad,) = torch.autograd.grad(out, leaf, grad_out)
+    expected = torch.zeros_like(qkv)
+    expected[0, :32, 0, 0] = expected[0, 16:32, 0, 2] = nan  # inf - inf
+    expected[0, 16:32, 0, 1] = -inf  # as v and out have unlike signs
+    expected[0, 32] = inf
+    assert torch.equal(grad.float().cpu().nan_to_num(7.0, inf, -inf), expected.nan_to_num(7.0, inf, -inf))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [5, 96])
+def test_no_eps_and_tiles_that_reach_beyond_the_tokens(head_dim: int, dtype: torch.dtype) -> None:
+    """Every token's denominator is positive; there are none beyond the tokens."""
+    qkv = [tensor.abs() for tensor in Sample(1, 2, head_dim, 3, 7).make(dtype)]
+    verdicts = judge(qkv, head_dim, 0.0, "triton")
+    assert all(verdict.ok for verdict in verdicts.values()), {name: str(verdict) for name, verdict in verdicts.items()}
 
 
 def test_tf32_only_where_torch_allows_it() -> None:

@@ -3,10 +3,8 @@
 While a kernel runs, every address that it reads or writes must be that of an element of one of its tensors, not only
 of their memory: gaps between the elements of a slice count as outside. No element is written twice in one launch, as
 the order of programs is not defined. Products of float32 storage are in IEEE precision unless torch allows TF32, and
-operands of a product in TF32 have no more than its 11 bits: matrix units would cut the rest off.
-
-Triton 3.9's interpreter refuses masks that a scalar condition is part of, which it makes integers: they are made what
-they are in the compiler, truth values.
+operands of a product in TF32 have no more than its 11 bits: matrix units would cut the rest off. Masks are of truth
+values: a scalar condition in a mask becomes a number in the interpreter, and Triton 3.9's refuses it.
 """
 
 from __future__ import annotations
@@ -71,6 +69,7 @@ class _Watch:
 
     def find(self, what: str, pointers: np.ndarray, mask: np.ndarray) -> tuple[_Region, np.ndarray] | None:
         """The tensor where the addresses that are not masked lie, and their places there; None if all are masked."""
+        assert mask.dtype == bool, f"the mask of {what} must be of truth values, got {mask.dtype}"
         shape = np.broadcast_shapes(pointers.shape, mask.shape)
         addresses = np.broadcast_to(pointers, shape)[np.broadcast_to(mask, shape)].reshape(-1)
         if not addresses.size:
@@ -116,12 +115,10 @@ def watched() -> Iterator[None]:
         return call(self, *arguments, **options)
 
     def watched_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        mask.data = mask.data.astype(bool)
         watch.find("a read", pointers.data, mask.data)
         return load(self, pointers, mask, *rest)
 
     def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        mask.data = mask.data.astype(bool)
         watch.write(pointers.data, mask.data)
         return store(self, pointers, value, mask, *rest)
 
