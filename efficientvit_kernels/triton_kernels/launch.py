@@ -16,6 +16,8 @@ import triton
 from torch import Tensor
 
 MAX_GRID = 2**31 - 1
+# Tokens have indices of 32 bits, and the last split may end a 32nd beyond them.
+MAX_TOKENS = 2**31 - 2**27
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,17 @@ def block_of(size: int) -> int:
 def token_strides(image: Tensor) -> tuple[int, int, bool]:
     """Strides along H and W of [B, C, H, W], and whether all tokens of a plane lie in one row of stride_w."""
     _, _, height, width = image.shape
+    if height * width > MAX_TOKENS:
+        raise NotImplementedError(f"triton: an image must have at most {MAX_TOKENS} tokens, got {height * width}")
     stride_h, stride_w = image.stride(2), image.stride(3)
     if width == 1:
         return 0, stride_h, True
     return stride_h, stride_w, height == 1 or stride_h == width * stride_w
+
+
+def tap_strides(weight: Tensor) -> tuple[int, int, int]:
+    """Strides of a depthwise weight [C, 1, k, k] along C and the window, in which offsets have 32 bits."""
+    along_window = (weight.shape[2] - 1) * weight.stride(2) + (weight.shape[3] - 1) * weight.stride(3)
+    if along_window >= 2**31:
+        raise NotImplementedError(f"triton: a window must lie in less than 2^31 elements, got {along_window + 1}")
+    return weight.stride(0), weight.stride(2), weight.stride(3)

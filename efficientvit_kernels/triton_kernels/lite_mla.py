@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ..ops._fakes import empty_image
+from ..ops._products import product, projection_grads, weight_gradient, zero_grads
 from .configs import MAX_REGISTERS
-from .launch import arch_of, block_of, launch, product_kind, product_precision
+from .launch import arch_of, block_of, launch, product_kind, product_precision, tap_strides
 from .lite_mla_configs import BlockConfig, block_config, tiles_per_program, tiles_per_split
 from .lite_mla_kernels import aggregate_apply_kernel, aggregate_kv_state_kernel
 from .multiscale_aggregate import multiscale_aggregate_bwd, multiscale_aggregate_fwd
-from .pointwise import product, product_with_epilogue, weight_gradient
+from .pointwise import product_with_epilogue
 from .relu_linear_attention import apply, kv_states, relu_linear_attention_bwd, summed
 
 Weights = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]
@@ -91,7 +92,7 @@ class _Scale:
         self.first_group = (1 + s) * self.heads
         self.strides = (
             *qkv.stride(),
-            *(depthwise.stride(0), depthwise.stride(2), depthwise.stride(3)),
+            *tap_strides(depthwise),
             *pointwise.stride()[:2],
             *(bias.stride(0) for bias in biases),
         )
@@ -188,9 +189,7 @@ def lite_mla_bwd(
     vectors = [vector for vector in (qkv_bias, *depthwise_biases, *pointwise_biases) if vector is not None]
     weights = [qkv_weight, *depthwise_weights, *pointwise_weights, proj_weight]
     if x.numel() == 0:
-        epilogue = [proj_scale is not None, has_shift].count(True)
-        grads = [torch.zeros_like(tensor) for tensor in (*weights, *vectors)]
-        grads += [x.new_zeros(proj_weight.shape[0], dtype=torch.float32) for _ in range(epilogue)]
+        grads = zero_grads(x, [*weights, *vectors], proj_weight, proj_scale, has_shift)
         return [empty_image(x, x.shape[1])] * needs_x + grads * needs_weights
     qkv = product(qkv_weight, x, qkv_bias) if qkv is None else qkv
     scales = multiscale_aggregate_fwd(
@@ -215,26 +214,9 @@ def lite_mla_bwd(
         return grads
     out = empty_image(x, grad_out.shape[1])
     apply(multi_scale, states, None, out, head_dim, eps)
-    grad_proj, *grad_epilogue = _projection_grads(grad_y, out, proj_weight, proj_scale, has_shift)
+    grad_proj, *grad_epilogue = projection_grads(grad_y, out, proj_weight, proj_scale, has_shift)
     count = 2 * len(scales)
     grad_qkv_weight = weight_gradient(grad_qkv, x).to(x.dtype).view(qkv_weight.shape)
     grads += [grad_qkv_weight, *aggregation[:count], grad_proj]
     grads += [] if qkv_bias is None else [grad_qkv.sum(dim=(0, 2, 3), dtype=torch.float32).to(x.dtype)]
     return [*grads, *aggregation[count:], *grad_epilogue]
-
-
-def _projection_grads(
-    grad_y: Tensor, out: Tensor, weight: Tensor, scale: Tensor | None, has_shift: bool
-) -> list[Tensor]:
-    """Of proj_weight, proj_scale and proj_shift, of which the latter may not be there.
-
-    With R = sum grad_y out^T: dW = scale R, and d scale = the sums of the rows of W R, for which W out is not needed.
-    """
-    raw = weight_gradient(grad_y, out)
-    grad_weight = raw if scale is None else raw * scale.view(-1, 1)
-    grads = [grad_weight.to(weight.dtype).view(weight.shape)]
-    if scale is not None:
-        grads.append((raw * weight.flatten(1)).sum(dim=1))
-    if has_shift:
-        grads.append(grad_y.sum(dim=(0, 2, 3), dtype=torch.float32))
-    return grads

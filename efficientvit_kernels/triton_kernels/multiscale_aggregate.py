@@ -39,7 +39,7 @@ from .aggregation_configs import (
     gradients_fit,
     middle_config,
 )
-from .launch import launch, product_precision
+from .launch import launch, product_precision, tap_strides
 from .tile import kernel
 
 
@@ -201,10 +201,6 @@ def _bias_stride(bias: Tensor | None) -> int:
     return 0 if bias is None else bias.stride(0)
 
 
-def _depthwise_strides(weight: Tensor) -> tuple[int, int, int]:
-    return weight.stride(0), weight.stride(2), weight.stride(3)
-
-
 def _forward(
     qkv: Tensor, depthwise: Tensor, pointwise: Tensor, bias_d: Tensor | None, bias_p: Tensor | None, head_dim: int
 ) -> Tensor:
@@ -217,7 +213,7 @@ def _forward(
         forward_kernel,
         batch * groups * row_blocks * tiling.tiles,
         *(qkv, depthwise, pointwise, depthwise if bias_d is None else bias_d, pointwise if bias_p is None else bias_p),
-        *(out, height, width, tiling.tiles_w, tiling.tiles, groups, *qkv.stride(), *_depthwise_strides(depthwise)),
+        *(out, height, width, tiling.tiles_w, tiling.tiles, groups, *qkv.stride(), *tap_strides(depthwise)),
         *(*pointwise.stride()[:2], _bias_stride(bias_d), _bias_stride(bias_p), *out.stride()),
         D=head_dim,
         BLOCK_R=tiling.block_r,
@@ -331,7 +327,7 @@ class _Gradients:
             groups * c_blocks * r_blocks * programs,
             *(self.grad_out, qkv, self.depthwise, self.pointwise, bias, filled, partials),
             *(height, width, tiling.tiles_w, tiling.tiles, tasks, per_program, groups, columns),
-            *(*self.grad_out.stride(), *qkv.stride(), *_depthwise_strides(self.depthwise)),
+            *(*self.grad_out.stride(), *qkv.stride(), *tap_strides(self.depthwise)),
             *(*self.pointwise.stride()[:2], _bias_stride(self.bias), *filled.stride()),
             D=dim,
             C_BLOCKS=c_blocks,
@@ -393,7 +389,7 @@ def _grad_qkv(middle: Tensor, depthwise: Tensor, addend: Tensor | None, to: Tens
         grad_qkv_kernel,
         batch * blocks * tiling.tiles,
         *(middle, depthwise, added, to, height, width, tiling.tiles_w, tiling.tiles, channels, blocks),
-        *(*middle.stride(), *_depthwise_strides(depthwise), *added.stride(), *to.stride()),
+        *(*middle.stride(), *tap_strides(depthwise), *added.stride(), *to.stride()),
         K=k,
         HAS_ADDEND=addend is not None,
         **tiling.meta,

@@ -1,4 +1,4 @@
-"""1 x 1 convolutions: torch's products (cuBLAS), and a Triton product that folds the epilogue in."""
+"""A product in Triton that folds the epilogue of lite_mla's projection in; the others are torch's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops._fakes import empty_image
-from ..reference.relu_linear_attention import output_format
-from .launch import arch_of, launch, token_strides
+from ..ops._products import product
+from .launch import MAX_TOKENS, arch_of, launch, token_strides
 from .tile import kernel, load, narrowed, stored_operand, token_offsets
 
 
@@ -31,14 +31,15 @@ def pointwise_kernel(
     m_m, m_n = (o_m < C_OUT)[:, None], (o_n < tokens)[None, :]
     p_weight = weight + (o_m.to(tl.int64) * stride_wo)[:, None] + (o_k.to(tl.int64) * stride_wi)[None, :]
     p_x = x + i_b * stride_b + (o_k.to(tl.int64) * stride_c)[:, None] + (o_n.to(tl.int64) * stride_n)[None, :]
+    step = tl.full((), BLOCK_K, tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, C, BLOCK_K):
         m_k = o_k < C - k
         w = load(p_weight, m_m & m_k[None, :])
         tile = load(p_x, m_k[:, None] & m_n)
         acc = tl.dot(stored_operand(w, "tf32"), stored_operand(tile, "tf32"), acc, input_precision="tf32")
-        p_weight += BLOCK_K * stride_wi
-        p_x += BLOCK_K * stride_c
+        p_weight += step * stride_wi
+        p_x += step * stride_c
     if HAS_SCALE:
         acc *= tl.load(scale + o_m, mask=o_m < C_OUT, other=0.0)[:, None]
     if HAS_SHIFT:
@@ -76,22 +77,6 @@ def product_config(c_out: int, tokens: int, arch: str) -> ProductConfig:
     return _SOME if -(-c_out // 64) * -(-tokens // 64) >= 64 else _FEW
 
 
-def product(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """W x + bias with torch: weight [O, C, 1, 1], x [B, C, H, W]; channels_last if x is, and then in place.
-
-    Through matrix products and not torch's convolution, which may convert between the formats for it.
-    """
-    batch, channels, height, width = x.shape
-    matrix = weight.flatten(1)
-    if output_format(x) == torch.channels_last:
-        tokens = torch.nn.functional.linear(x.permute(0, 2, 3, 1), matrix, bias)
-        return tokens.permute(0, 3, 1, 2)
-    planes = x.reshape(batch, channels, height * width)
-    matrices = matrix.expand(batch, -1, -1)
-    y = torch.bmm(matrices, planes) if bias is None else torch.baddbmm(bias.view(1, -1, 1), matrices, planes)
-    return y.view(batch, -1, height, width)
-
-
 def product_with_epilogue(
     weight: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, like: Tensor
 ) -> Tensor:
@@ -111,7 +96,8 @@ def product_with_epilogue(
     y = empty_image(like, c_out)
     extra = y if residual is None else residual
     strides, res_strides, y_strides = _strides(x), _strides(extra), _strides(y)
-    if all(_images_join(image, strides) for image, strides in ((x, strides), (extra, res_strides), (y, y_strides))):
+    images = ((x, strides), (extra, res_strides), (y, y_strides))
+    if batch * tokens <= MAX_TOKENS and all(_images_join(*image) for image in images):
         batch, tokens, width = 1, batch * tokens, batch * tokens
     config = product_config(c_out, batch * tokens, arch_of(x))
     blocks_m, blocks_n = -(-c_out // config.block_m), -(-tokens // config.block_n)
@@ -145,23 +131,3 @@ def _images_join(image: Tensor, strides: tuple[int, int, int, int, bool]) -> boo
     """Whether the tokens of all images lie in one row."""
     stride_b, _, _, stride_w, flat = strides
     return flat and (image.shape[0] == 1 or stride_b == image.shape[2] * image.shape[3] * stride_w)
-
-
-def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """sum over images and tokens of grad x^T in fp32: [O, C] for grad [B, O, H, W] and x [B, C, H, W].
-
-    Not torch's convolution backward, which may add up in an order that differs from run to run.
-    """
-    if x.shape[0] == 1 or {output_format(x), output_format(grad)} == {torch.channels_last}:
-        rows = grad.transpose(0, 1).reshape(grad.shape[1], -1)
-        return _product_in_fp32(rows[None], x.transpose(0, 1).reshape(x.shape[1], -1)[None])[0]
-    return _product_in_fp32(grad.flatten(2), x.flatten(2)).sum(dim=0)
-
-
-def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T, [B, O, N] and [B, C, N], not rounded to 16 bits."""
-    if a.dtype == torch.float32:
-        return torch.bmm(a, b.mT)
-    if a.is_cuda:
-        return torch.bmm(a, b.mT, out_dtype=torch.float32)
-    return torch.bmm(a.float(), b.mT.float())

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from efficientvit_kernels.testing import make_qkv
 from efficientvit_kernels.triton_kernels import lite_mla, multiscale_aggregate, pointwise, relu_linear_attention
-from efficientvit_kernels.triton_kernels.launch import launch
+from efficientvit_kernels.triton_kernels.launch import launch, recording
 from efficientvit_kernels.triton_kernels.tile import kernel
 from tests.ops.aggregate_samples import Sample
 
@@ -231,6 +231,51 @@ def test_product_with_epilogue(axis: str) -> None:
             same(results(spread(weight, AXES[axis]), x, residual), expected)
 
 
+@pytest.mark.parametrize("what", ["x", "weight"])
+def test_product_of_more_channels_than_a_step_has(what: str) -> None:
+    """The first channel of the second step lies beyond 2^31 already where channels are 2^25 apart."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(1, 65, 1, 2, generator=generator), torch.randn(2, 65, 1, 1, generator=generator))
+    tensors = {"weight": weight.half(), "x": x.half()}
+    call = partial(pointwise.product_with_epilogue, scale=None, shift=None, residual=None, like=tensors["x"])
+    expected = call(**tensors)
+    same([call(**tensors | {what: spread(tensors[what], 1, 2**25)})], [expected])
+
+
+def test_planes_of_too_many_tokens_are_refused() -> None:
+    """Tokens have indices of 32 bits."""
+    for width, accepted in ((2**15 - 2**11, True), (2**15, False)):
+        qkv = torch.empty(1, 3, 2**16, width, dtype=torch.float16, device="meta")
+        with recording("sm_90") as launches:
+            if accepted:
+                relu_linear_attention.relu_linear_attention_fwd([qkv], 1, 1e-15)
+            else:
+                with pytest.raises(NotImplementedError, match=r"an image must have at most \d+ tokens, got 2147483648"):
+                    relu_linear_attention.relu_linear_attention_fwd([qkv], 1, 1e-15)
+        assert len(launches) == 2 * accepted
+
+
+def test_windows_whose_taps_lie_too_far_apart_are_refused() -> None:
+    """As rows of 2^30 elements, which are there twice in a window of three; offsets in a window have 32 bits."""
+    qkv, pointwise = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in ((1, 3, 2, 2), (3, 1, 1, 1)))
+    depthwise = torch.empty_strided((3, 1, 3, 3), (3, 3, 2**30, 1), dtype=torch.float16, device="meta")
+    with recording("sm_90") as launches, pytest.raises(NotImplementedError, match="a window must lie in less than 2"):
+        multiscale_aggregate.multiscale_aggregate_fwd(qkv, [depthwise], [pointwise], [], [], 1)
+    assert launches == []
+
+
+def test_images_of_too_many_tokens_do_not_join() -> None:
+    x = torch.empty(2**15, 16, 2**8, 2**8, dtype=torch.float16, device="meta", memory_format=torch.channels_last)
+    weight = torch.empty(16, 16, 1, 1, dtype=torch.float16, device="meta")
+    for images, batch in ((2**14, 1), (2**15, 2**15)):
+        with recording("sm_90") as launches:
+            pointwise.product_with_epilogue(weight, x[:images], None, None, None, like=x[:images])
+        (found,) = launches
+        tokens = images * 2**16 // batch
+        assert found.grid == batch * -(-tokens // found.meta["BLOCK_N"])
+        assert found.arguments[found.kernel.arg_names.index("tokens")] == tokens
+
+
 @kernel
 def faulty_kernel(x, y, SIZE: tl.constexpr, FAULT: tl.constexpr):
     o = tl.arange(0, SIZE)
@@ -240,6 +285,8 @@ def faulty_kernel(x, y, SIZE: tl.constexpr, FAULT: tl.constexpr):
         tl.store(y + 2 * o + 1, tl.load(x + o, mask=o < 0, other=0.0))
     if FAULT == "write":
         tl.store(y + 2 * o, tl.load(x + o, mask=o < SIZE - 1, other=0.0))
+    if FAULT == "mask":
+        tl.store(y + 2 * o, tl.zeros((SIZE,), tl.float32), mask=(o < 1) & (tl.program_id(0) == 0))
     if FAULT == "twice":
         tl.store(y + 2 * o, tl.zeros((SIZE,), tl.float32), mask=o < 1)
     if FAULT in ("tf32", "ieee"):
@@ -254,6 +301,7 @@ def faulty_kernel(x, y, SIZE: tl.constexpr, FAULT: tl.constexpr):
         ("read", "a read of what is no element"),
         ("gap", "a write of what is no element"),
         ("write", "a write of what is no element"),
+        ("mask", "the mask of a write must be of truth values, got int32"),
         ("twice", "an element is written twice"),
         ("tf32", "a product must be in ieee, got tf32"),
         ("ieee", ""),

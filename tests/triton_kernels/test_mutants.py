@@ -39,7 +39,7 @@ CHOSEN = {
         "grad_qkv_kernel: flip: -stride_dh ... -stride_dw ... depthwise + first * stride_dc + (K - 1) * "
         "(stride_dh + stride_dw)",
     ],
-    "pointwise.py": ["pointwise_kernel: statement: p_x += BLOCK_K * stride_c"],
+    "pointwise.py": ["pointwise_kernel: statement: p_x += step * stride_c"],
 }
 
 
