@@ -131,25 +131,6 @@ def add_products(out, acc, p_weight, stride_wo, stride_wi, o_r, m_r, o_d, m_d, P
 
 
 @triton.jit
-def pointwise_rows(
-    acc, p_weight, stride_wo, stride_wi, p_depthwise_bias, stride_db, p_pointwise_bias, stride_pb, o_r, m_r, o_d, m_d,
-    HAS_DEPTHWISE_BIAS: tl.constexpr, HAS_POINTWISE_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """P (acc + depthwise bias) + pointwise bias: for every row of `acc`, the output channels o_r [rows of P, T].
-
-    All pointers are at the first channel of the group; P is [out, in] with strides stride_wo and stride_wi. o_d are all
-    channels of the group. A bias that is not there needs a pointer all the same, any.
-    """
-    if HAS_DEPTHWISE_BIAS:
-        acc = add_to_rows(acc, p_depthwise_bias, stride_db, o_d, m_d)
-    out = zero_rows(o_r.shape[0], acc[0].shape[1], len(acc))
-    out = add_products(out, acc, p_weight, stride_wo, stride_wi, o_r, m_r, o_d, m_d, PRECISION)
-    if HAS_POINTWISE_BIAS:
-        out = add_to_rows(out, p_pointwise_bias, stride_pb, o_r, m_r)
-    return out
-
-
-@triton.jit
 def aggregate_rows(
     p_x, stride_c, stride_h, stride_w, rows, cols, height, width,
     p_depthwise, stride_dc, stride_dh, stride_dw, p_pointwise, stride_po, stride_pi,

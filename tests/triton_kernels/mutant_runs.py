@@ -58,6 +58,9 @@ def attention_tests() -> Iterator[tuple[str, Test]]:
         yield f"E26 {dtype}", functools.partial(edges.test_e26_one_tiny_positive_key, "triton", dtype)
         neighbours = functools.partial(own.test_neighbours_full_of_nan, 5 if dtype == FLOAT else 96)
         yield f"neighbours {dtype}", neighbours
+        no_eps = functools.partial(own.test_no_eps_and_tiles_that_reach_beyond_the_tokens, 5)
+        yield f"no eps {dtype}", functools.partial(no_eps, dtype)
+        yield f"inf {dtype}", functools.partial(own.test_infinite_gradients, dtype)
         yield f"E26, 96, {dtype}", functools.partial(own.test_e26_with_blocks_of_rows, dtype)
     yield "every NaN", own.test_no_rounding_turns_a_nan_into_a_number
     yield "far columns", test_addresses.test_attention_of_columns_far_apart
@@ -133,6 +136,7 @@ def product_tests() -> Iterator[tuple[str, Test]]:
         for channels, out_channels, layout in ((70, 33, "nchw"), (16, 130, "channels_last")):
             call = functools.partial(own.test_product_with_epilogue, channels, out_channels, layout, dtype)
             yield f"product, {channels}, {out_channels}, {dtype}", call
+    yield "every NaN", own.test_no_rounding_of_a_product_turns_a_nan_into_a_number
     for axis in test_addresses.AXES:
         yield f"far {axis}", functools.partial(test_addresses.test_product_with_epilogue, axis)
 

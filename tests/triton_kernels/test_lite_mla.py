@@ -203,6 +203,16 @@ def test_product_with_epilogue(channels: int, out_channels: int, layout: str, dt
         assert error <= 0.51 * torch.finfo(dtype).eps * expected.abs().max() + 1e-5  # one rounding
 
 
+def test_no_rounding_of_a_product_turns_a_nan_into_a_number() -> None:
+    """All bits of this NaN are set: rounding up to bfloat16 would carry into its sign."""
+    weight, x = (torch.ones(2, 2, 1, size, dtype=torch.bfloat16, device=device_of("triton")) for size in (1, 3))
+    shift = torch.ones(2)
+    shift.view(torch.int32)[0] = 0x7FFFFFFF
+    y = product_with_epilogue(weight, x, None, shift.to(x.device), None, like=x)
+    assert y[:, 0].isnan().all()
+    assert (y[:, 1] == 3).all()
+
+
 def test_tiles_and_splits() -> None:
     assert [lite_mla_configs.tiles_per_split(tiles) for tiles in (1, 4, 5, 32, 33, 128, 129, 4096)] == [
         *(1, 1, 2, 8, 4, 4, 5, 128)

@@ -32,8 +32,8 @@ FUSED = [  # gradients in one launch
     Sample(1, 1, 4, 33, 9, (1,), "expanded"),  # eight, the last of which reach beyond the image
 ]
 SPLIT = [  # gradients one by one: a large kernel, or wide heads
-    Sample(1, 1, 3, 2, 3, (7,), "channels_last", biases=True),
     Sample(1, 1, 2, 5, 1, (9,), "transposed"),  # tall enough for the first and last row of the window
+    Sample(1, 1, 3, 2, 3, (7,), "channels_last", biases=True),
     Sample(1, 1, 33, 2, 3, (3,)),
     Sample(1, 1, 72, 2, 3, (3,), biases=True),  # several blocks of channels
 ]
@@ -118,6 +118,7 @@ def assert_same_kinds(found: Arguments, expected: Arguments) -> None:
     ("value", "dtype", "sample", "place"),
     [
         (nan, torch.float32, Sample(1, 1, 2, 5, 9, (3,), biases=True), (4, 1)),  # rows of a lane beyond the image
+        (nan, torch.float32, Sample(1, 1, 2, 6, 3, (3,)), (5, 2)),  # whole lanes beyond the image, below and beside it
         (inf, torch.float16, Sample(1, 1, 2, 2, 17, (3,)), (1, 15)),
         (-inf, torch.bfloat16, Sample(1, 1, 2, 2, 3, (7,)), (0, 2)),
     ],
