@@ -12,8 +12,9 @@ STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.* csrc/*/*.*) efficientvit_kernels/_build.py
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 CXX_SOURCES += $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp tests/cuda_emulator/*.cu tests/cuda_emulator/samples/*.*)
+CXX_SOURCES += $(wildcard tests/cuda_emulator/plain_torch/*.*)
 
-.PHONY: demo test check format build bench gpu gpu-here sanitize nightly abi sdist clean
+.PHONY: demo test check format build bench gpu gpu-here sanitize nightly abi sdist wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python -m efficientvit_kernels demo $(if $(IMAGE),--image "$(IMAGE)")
@@ -50,10 +51,10 @@ gpu: $(STAMP)
 gpu-here:
 	$(PYTHON) -m benchmarks.gpu all $(GPU)
 
-# Address and undefined-behaviour sanitizers on every instruction set that this CPU has. Races between tasks and planted
-# faults, which must be reported, come with `make nightly`.
+# Address and undefined-behaviour sanitizers on every instruction set that this CPU has, and on the CUDA kernels in the
+# emulator. Races between tasks or threads and planted faults, which must be reported, come with `make nightly`.
 sanitize: $(STAMP)
-	$(BIN)/python -m pytest tests/test_sanitizers.py -k test_memory --nightly
+	$(BIN)/python -m pytest tests/test_sanitizers.py tests/cuda_kernels/test_sanitized.py -k test_memory --nightly
 
 # Everything, with long fuzzing, the sanitizers and their planted faults: about three quarters of an hour on two cores.
 nightly: $(STAMP)
@@ -67,6 +68,11 @@ abi: $(STAMP)
 
 sdist: $(STAMP)
 	$(BIN)/python -m build --sdist --no-isolation
+
+# With the CUDA library, which needs nvcc and no GPU: make wheel EFFICIENTVIT_KERNELS_CUDA_ARCHS="80;90" for fewer GPUs.
+wheel: $(STAMP)
+	FORCE_CUDA=1 EFFICIENTVIT_KERNELS_CUDA_ARCHS="$(or $(EFFICIENTVIT_KERNELS_CUDA_ARCHS),all)" \
+	    $(BIN)/python -m build --wheel --no-isolation
 
 # torch comes first: the native build compiles against it. An editable install, so that sources are used in place.
 $(STAMP): pyproject.toml setup.py $(NATIVE)

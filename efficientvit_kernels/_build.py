@@ -8,7 +8,7 @@ Products, next to this file:
   _C*.so                           pybind11, introspection only; the package works without it
 
 FORCE_CUDA=1 makes a missing nvcc an error, FORCE_CUDA=0 leaves the CUDA ops out.
-EFFICIENTVIT_KERNELS_CUDA_ARCHS names the compute capabilities to compile for, e.g. "80;86;90".
+EFFICIENTVIT_KERNELS_CUDA_ARCHS names the compute capabilities to compile for, e.g. "80;86;90", or is "all".
 """
 
 from __future__ import annotations
@@ -85,10 +85,25 @@ def nvcc() -> str | None:
 def cuda_archs() -> list[str]:
     """Compute capabilities to compile for, "80", "90", ..., in ascending order."""
     wanted = os.environ.get("EFFICIENTVIT_KERNELS_CUDA_ARCHS")
+    if wanted == "all":
+        return list(ALL_ARCHS)
     archs = re.split(r"[;,\s]+", wanted.strip()) if wanted else list(DEVELOPMENT_ARCHS)
     if not all(re.fullmatch(r"\d{2,3}", arch) and int(arch) >= 80 for arch in archs):
-        raise RuntimeError(f"EFFICIENTVIT_KERNELS_CUDA_ARCHS must be like '80;90', 80 or above, got {wanted!r}")
+        raise RuntimeError(f"EFFICIENTVIT_KERNELS_CUDA_ARCHS must be all, or like '80;90', 80 or above, got {wanted!r}")
     return sorted(set(archs), key=int)
+
+
+def why_no_cuda() -> str | None:
+    """Why a build leaves out the CUDA kernels, or None. Raises RuntimeError as `nvcc` does."""
+    import torch
+
+    if (compiler := nvcc()) is None and os.environ.get("FORCE_CUDA") == "0":
+        return "FORCE_CUDA is 0"
+    if compiler is None:
+        return "nvcc was not found (set CUDA_HOME, or install the CUDA toolkit)"
+    if torch.version.cuda is None and os.environ.get("FORCE_CUDA") != "1":
+        return f"torch {torch.__version__} has no CUDA (FORCE_CUDA=1 builds them all the same)"
+    return None
 
 
 def check_cuda_version(nvcc_says: str, torch_cuda: str | None) -> None:
@@ -105,7 +120,6 @@ def check_cuda_version(nvcc_says: str, torch_cuda: str | None) -> None:
 
 def libraries() -> list[Library]:
     import pybind11
-    import torch
     from torch.utils.cpp_extension import include_paths, library_paths
 
     major, minor = TORCH_FLOOR
@@ -113,7 +127,7 @@ def libraries() -> list[Library]:
     torch_flags.append(f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000")
     torch_links = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
     found = [Library(CPU_LIBRARY, sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), torch_flags, torch_links)]
-    if (compiler := nvcc()) is not None and (os.environ.get("FORCE_CUDA") == "1" or torch.version.cuda is not None):
+    if (compiler := nvcc()) is not None and why_no_cuda() is None:
         found.append(_cuda_library(compiler, torch_flags, library_paths()))
     flags = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     return [*found, Library(INTROSPECTION_MODULE, [ROOT / "csrc" / "module.cpp"], flags, [])]
@@ -185,6 +199,8 @@ def build(build_dir: Path, out_dir: Path) -> list[Path]:
         raise RuntimeError("no C++ compiler found: set CXX, or install g++")
     import ninja
 
+    if (reason := why_no_cuda()) is not None:
+        print(f"efficientvit_kernels: built without the CUDA kernels: {reason}", flush=True)
     ninja_file = write_ninja(build_dir, out_dir)
     program = Path(ninja.BIN_DIR) / "ninja"
     command = [str(program), "-f", str(ninja_file), "-j", os.environ.get("MAX_JOBS", "2")]
