@@ -16,7 +16,7 @@ from efficientvit_kernels.ops import _cuda_lite_mla
 from efficientvit_kernels.ops._backends import registered
 from efficientvit_kernels.testing import official_lite_mla, rule_t
 from tests.cuda_emulator.ops import cuda_calls
-from tests.ops.block_common import assert_all_ok, assert_equal_bits, mapped
+from tests.ops.block_common import assert_all_ok, assert_equal_bits, on_device
 from tests.ops.common import HALF, as_layout, device_of
 from tests.ops.lite_mla_samples import ALL, SAMPLES, Sample, dtypes_are_kept, exact, judge, run
 from tests.triton_kernels.test_lite_mla import state_and_tolerance
@@ -71,7 +71,7 @@ def test_median_error_of_the_forward_meets_the_target(backend: str, dtype: torch
     for sample in [*FUSED[:4], *SMALL[::3]]:
         if sample.tokens > sample.head_dim and sample.batch:
             arguments = sample.make(dtype)
-            placed = mapped(arguments, lambda _, tensor: tensor.to(device_of("cuda")))
+            placed = on_device(arguments, backend)
             found = lite_mla(**placed, backend=backend).cpu()
             ratios.append(rule_t(found, exact(arguments)["out"], official_lite_mla(**arguments)).ratio)
     assert len(ratios) >= 5

@@ -14,8 +14,8 @@ from efficientvit_kernels import multiscale_aggregate, reference
 from efficientvit_kernels.ops._backends import CUDA_HEAD_DIMS, CUDA_KERNEL_SIZES, registered
 from tests.cuda_emulator.ops import cuda_calls
 from tests.ops.aggregate_samples import SAMPLES, Sample, judge, run
-from tests.ops.block_common import assert_all_ok, assert_equal_bits, mapped
-from tests.ops.common import HALF, as_layout, device_of
+from tests.ops.block_common import assert_all_ok, assert_equal_bits, mapped, on_device
+from tests.ops.common import HALF, as_layout
 from tests.ops.test_multiscale_aggregate import integer_gradients, integers
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.parametrize("backend", ["cuda"])]
@@ -76,7 +76,7 @@ def test_integers_are_exact(backend: str, sample: Sample, dtype: torch.dtype) ->
     """T5: sums below 2^24 are exact in float32, and those that enter the matrix units are below 2^11."""
     arguments = integers(sample.make(dtype))
     exact = reference.multiscale_aggregate(**mapped(arguments, lambda _, tensor: tensor.double()))
-    placed = mapped(arguments, lambda _, tensor: tensor.to(device_of(backend)))
+    placed = on_device(arguments, backend)
     for ours, expected in zip(multiscale_aggregate(**placed, backend=backend), exact, strict=True):
         assert expected.abs().max() < 2**24
         assert torch.equal(ours.cpu(), expected.to(dtype))
@@ -84,7 +84,7 @@ def test_integers_are_exact(backend: str, sample: Sample, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("sample", INTEGERS, ids=str)
 def test_gradients_of_integers_are_exact(backend: str, sample: Sample) -> None:
-    arguments = mapped(integers(sample.make(torch.float32)), lambda _, tensor: tensor.to(device_of(backend)))
+    arguments = on_device(integers(sample.make(torch.float32)), backend)
     ours, exact = (
         integer_gradients(arguments, dtype, lambda b=name, **kwargs: multiscale_aggregate(**kwargs, backend=b))
         for dtype, name in ((torch.float32, backend), (torch.float64, "reference"))
@@ -125,7 +125,7 @@ def test_orders_of_threads_and_blocks_give_equal_bits(
 def test_only_what_is_needed(backend: str, dtype: torch.dtype) -> None:
     """Every part of the backward alone has the bits that it has with the others."""
     arguments = Sample(2, 1, 16, 7, 9, kernels=(3, 5), biases=True).make(dtype)
-    placed = mapped(arguments, lambda _, tensor: tensor.to(device_of(backend)))
+    placed = on_device(arguments, backend)
     generator = torch.Generator().manual_seed(1)
     shape = arguments["qkv"].shape
     grads = [torch.randn(shape, generator=generator).to(placed["qkv"]) for _ in range(2)]

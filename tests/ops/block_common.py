@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from efficientvit_kernels.testing import Verdict, rule_t
+from tests.ops.common import device_of
 
 Arguments = dict[str, Any]
 
@@ -38,6 +39,11 @@ def mapped(arguments: Arguments, change: Callable[[str, Tensor], Tensor]) -> Arg
         elif isinstance(value, list):
             result[name] = [change(f"{name}[{i}]", tensor) for i, tensor in enumerate(value)]
     return result
+
+
+def on_device(arguments: Arguments, backend: str) -> Arguments:
+    """Where the backend's kernels run."""
+    return mapped(arguments, lambda _, tensor: tensor.to(device_of(backend)))
 
 
 def as_leaves(arguments: Arguments, needed: Callable[[str], bool] = lambda name: True) -> Arguments:

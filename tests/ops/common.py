@@ -14,15 +14,18 @@ from efficientvit_kernels.testing import Verdict, gradients, make_qkv, official_
 BACKENDS = ["reference", "cpu"]
 # Where there is no GPU, in Triton's interpreter and in the CUDA emulator: slow, so for small samples only.
 EXECUTORS = [*BACKENDS, "triton", "cuda"]
+NATIVE = [*BACKENDS, "cuda"]  # Triton has tests of its own for the larger ops
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 HALF = (torch.float16, torch.bfloat16)
 LAYOUTS = ["nchw", "channels_last", "transposed", "permuted", "sliced", "offset", "expanded"]
 
 
-def executors(dtypes: Sequence[torch.dtype] = (torch.float32,)) -> list[tuple[str, torch.dtype]]:
+def executors(
+    dtypes: Sequence[torch.dtype] = (torch.float32,), names: Sequence[str] = EXECUTORS
+) -> list[tuple[str, torch.dtype]]:
     """Pairs of an executor and a dtype that it serves, for tests of the arguments "backend" and "dtype"."""
     on_gpu = ("triton", "cuda")
-    return [(name, dtype) for name in EXECUTORS for dtype in dtypes if name not in on_gpu or dtype != torch.float64]
+    return [(name, dtype) for name in names for dtype in dtypes if name not in on_gpu or dtype != torch.float64]
 
 
 def device_of(backend: str) -> str:
