@@ -301,7 +301,9 @@ class Trial:
         with tempfile.TemporaryDirectory() as scratch:
             (verdict,) = self._collected([None], Path(scratch))
             assert verdict == SURVIVED, f"the check fails without a mutant: {verdict}"
-            return dict(zip(mutants, self._collected(mutants, Path(scratch)), strict=True))
+            found = dict(zip(mutants, self._collected(mutants, Path(scratch)), strict=True))
+            assert all(found.values()), "a process ended without a verdict"
+            return found
 
     def _collected(self, mutants: Sequence[Mutant | None], scratch: Path) -> list[str]:
         """Forks, as a mutant may end its process. torch must have started no threads: see torch.set_num_threads."""

@@ -2,7 +2,7 @@
 
 `python -m tests.cuda_emulator.plain_trials [FILE...]` tries all mutants of these files, or of all, and prints a line of
 JSON for each: its label, and how it ended. The files are whatever csrc/cuda holds; one that no source here includes is
-an error. `... plain_trials --library LIBRARY SOURCE LEVELS...` checks a library that was built, for sanitizers.
+an error. `... plain_trials --check JSON` checks libraries that were built: [[path, source, levels], ...].
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.cuda_emulator.mutants import SURVIVED, Mutant, Trial, mutants_of
 from tests.cuda_emulator.plain_runs import PLAIN
 
 # An index outside of a local array ends the process, whatever lies there.
-BOUNDS = ("-fsanitize=bounds", "-fsanitize-undefined-trap-on-error")
+BOUNDS = ("-O0", "-fsanitize=bounds", "-fsanitize-undefined-trap-on-error")
 # nvcc alone reads the instructions of ptx.cuh: their twins have tests of their own.
 NOT_DEVICE_CODE = ("platform.cuh", "ptx.cuh")
 FILES = [
@@ -114,16 +114,17 @@ def verdicts_of(file: Path, mutants: Sequence[Mutant] | None = None, at_once: in
         yield from found.items()
 
 
-def check_library(path: str, source: str, *levels: str) -> None:
-    (driver,) = (driver for driver in DRIVERS if driver.source == source)
-    driver.check(Path(path), *map(int, levels), far=False)  # sanitizers keep a shadow of the memory between
+def check_libraries(libraries: list[tuple[str, str, list[int]]]) -> None:
+    for path, source, levels in libraries:
+        (driver,) = (driver for driver in DRIVERS if driver.source == source)
+        driver.check(Path(path), *levels, far=False)  # sanitizers keep a shadow of all memory between
     print("clean")
 
 
 def main(names: Sequence[str]) -> None:
     torch.set_num_threads(1)  # processes are forked
-    if names[:1] == ["--library"]:
-        check_library(*names[1:])
+    if names[:1] == ["--check"]:
+        check_libraries(json.loads(names[1]))
         return
     for file in FILES:
         if not names or file.name in names:
