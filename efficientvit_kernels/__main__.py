@@ -20,6 +20,10 @@ def parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="versions, devices, which backend serves which op, and why not the others")
     info.add_argument("--json", action="store_true", help="the same as JSON")
+    info.add_argument("--plan", metavar="BxCxHxW", help="what the CUDA kernels launch for a LiteMLA of this input")
+    info.add_argument("--head-dim", type=int, default=16, help="of --plan; default %(default)s")
+    info.add_argument("--kernel-size", type=int, default=5, help="of --plan; default %(default)s")
+    info.add_argument("--fp32", action="store_true", help="of --plan: float32 storage instead of 16 bits")
 
     verify = commands.add_parser("verify", help="a model against its float64 reference, layer by layer")
     verify.add_argument("model", help="name of a timm model, or module:callable that returns a torch.nn.Module")
@@ -68,10 +72,25 @@ def run_verify(arguments: argparse.Namespace) -> int:
     return 0 if result.ok else 1
 
 
+def run_plan(arguments: argparse.Namespace) -> int:
+    from ._launch_plan import launch_plan, text_of
+
+    sizes = arguments.plan.split("x")
+    if len(sizes) != 4 or not all(size.isdecimal() for size in sizes):
+        raise ValueError(f"info: --plan must be BxCxHxW, got {arguments.plan!r}")
+    plan = launch_plan(
+        *map(int, sizes), head_dim=arguments.head_dim, kernel_size=arguments.kernel_size, fp32=arguments.fp32
+    )
+    print(json.dumps(plan, indent=2) if arguments.json else text_of(plan))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0: done, and numbers agree; 1: they do not, or an error, told in one line; 2: wrong usage."""
     arguments = parser().parse_args(argv)
     try:
+        if arguments.command == "info" and arguments.plan:
+            return run_plan(arguments)
         if arguments.command == "info":
             from ._info import info
 

@@ -32,6 +32,18 @@ def test_info() -> None:
     assert content["cpu_instruction_set"] in ("baseline", "avx2", "avx512")
 
 
+def test_info_of_a_launch_plan() -> None:
+    pytest.importorskip("efficientvit_kernels._C", reason="the introspection module was not built")
+    result = command("info", "--plan", "1x128x14x14")
+    assert result.returncode == 0, result.stderr
+    assert "aggregate_kv_state_kernel    threads 128, rows 16, cols 16, tiles 1, shared_bytes" in result.stdout
+    content = json.loads(command("info", "--plan", "8x256x32x32", "--head-dim", "32", "--json").stdout)
+    assert content["lite_mla"][1]["grid"] == 2 * 8 * 8 * content["lite_mla"][1]["tiles"]
+    wrong = command("info", "--plan", "128x14x14")
+    assert wrong.returncode == 1
+    assert "--plan must be BxCxHxW, got '128x14x14'" in wrong.stderr
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_verify_a_timm_model(dtype: str) -> None:
     result = command("verify", "efficientvit_b0", "--shape", "1x3x96x64", "--dtype", dtype)

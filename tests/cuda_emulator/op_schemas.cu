@@ -1,6 +1,7 @@
 // Defines the ops that the launchers of csrc/cuda implement, for CPU tensors, in a namespace of their own.
 #include <torch/csrc/stable/library.h>
 
+#include "../../csrc/cuda/platform.cuh"
 #include "../../csrc/schemas.h"
 
 STABLE_TORCH_LIBRARY(efficientvit_kernels_emulated, m) {
@@ -12,3 +13,6 @@ STABLE_TORCH_LIBRARY(efficientvit_kernels_emulated, m) {
   m.def(EVK_PROJECTION_EPILOGUE);
   m.def(EVK_PROJECTION);
 }
+
+// For tests: kernels launched so far.
+extern "C" __attribute__((visibility("default"))) int64_t emulated_launches() { return emulator::launches(); }

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import pytest
+import torch
 
+from efficientvit_kernels import lite_mla
+from efficientvit_kernels._launch_plan import launch_plan
 from efficientvit_kernels.ops._backends import CUDA_HEAD_DIMS, CUDA_KERNEL_SIZES
+from tests.cuda_emulator.ops import emulated_ops
+from tests.ops.lite_mla_samples import Sample as LiteMLASample
 
 native = pytest.importorskip("efficientvit_kernels._C", reason="the introspection module was not built")
 
@@ -114,3 +120,45 @@ def test_bad_images_are_told() -> None:
             native.cuda_multiscale_aggregate_plan(*arguments, False, LARGEST_SHARED)
         with pytest.raises(ValueError, match="kernel_size 3, 5 or 7"):
             native.cuda_lite_mla_plan(*arguments, 128, 132, LARGEST_SHARED)
+
+
+def test_launches_of_a_block() -> None:
+    """Four launches where all is fused; more splits and wide products take their own."""
+
+    def names(*arguments: int, **options: Any) -> list[str]:
+        return [launch["launch"] for launch in launch_plan(*arguments, **options)["lite_mla"]]
+
+    fused = ["torch: product for qkv", "aggregate_kv_state_kernel", "aggregate_apply_kernel"]
+    assert names(1, 128, 14, 14) == [*fused, "projection_kernel"]
+    assert names(1, 512, 7, 7, head_dim=32) == [*fused, "torch: projection", "epilogue_kernel"]
+    assert names(1, 128, 200, 200)[2] == "sum_splits_kernel"
+    apart = ["aggregate_kernel", "kv_state_kernel", "apply_kernel", "torch: projection", "epilogue_kernel"]
+    assert names(1, 128, 14, 14, head_dim=64)[1:] == names(1, 128, 14, 14, fp32=True)[1:] == apart
+    backward = launch_plan(2, 128, 14, 14)["backward"]
+    assert [launch["launch"] for launch in backward[-2:]] == ["aggregate_gradients_kernel", "sum_gradients_kernel"]
+    assert all(launch["shared_bytes"] >= 0 and launch["grid"] > 0 for launch in backward[:-1])
+    with pytest.raises(ValueError, match="channels must be a multiple of head_dim, got 100 and 16"):
+        launch_plan(1, 100, 14, 14)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the emulator's launches")
+@pytest.mark.parametrize("backend", ["cuda"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "sample",
+    [LiteMLASample(1, 32, 2, 16, 7, 9, extras="scale"), LiteMLASample(1, 8, 1, 8, 100, 90, extras="shift")],
+    ids=str,
+)
+def test_as_many_launches_as_planned(backend: str, sample: LiteMLASample, dtype: torch.dtype) -> None:
+    count = emulated_ops().emulated_launches
+    count.restype = ctypes.c_int64
+    arguments = sample.make(dtype)
+    x = arguments["x"].requires_grad_()
+    plan = launch_plan(*x.shape, head_dim=sample.head_dim, fp32=dtype == torch.float32, multiprocessors=132)
+    planned = {part: sum("torch" not in launch["launch"] for launch in launches) for part, launches in plan.items()}
+    before = count()
+    y = lite_mla(**arguments, backend=backend)
+    assert count() - before == planned["lite_mla"]
+    before = count()
+    torch.autograd.grad(y.sum(), x)
+    assert count() - before == planned["backward"] - 1  # without gradients of weights nothing adds them up
