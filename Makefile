@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/python -m efficientvit_kernels demo $(if $(IMAGE),--image "$(IMAGE)")
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not nightly and not gpu"
+	$(BIN)/python -m pytest -n $(MAX_JOBS) --dist worksteal -m "not nightly and not gpu"
 
 # Lint and types first: they fail in seconds. The tests come last, so the output ends with pytest's summary.
 check: $(STAMP)

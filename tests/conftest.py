@@ -8,6 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# Tests that run side by side share the cores.
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
 # Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors. It reads this when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
