@@ -8,7 +8,7 @@ Backward: what lies between the products is computed again from qkv, by the kern
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 from .. import _library
 from ._backends import registered
 from ._fakes import empty_image
-from ._products import product, projection_grads, weight_gradient, zero_grads
+from ._lite_mla_backward import Kernels, composed_backward
+from ._products import product
 
 # A product of so few channels is bound by the bytes of its operands, which an epilogue of its own would move once more.
 # Beyond, cuBLAS is faster than mma.sync by more than that. Predicted.
@@ -73,59 +74,36 @@ def _native_ops() -> Any:
     return torch.ops.efficientvit_kernels_emulated if _library.CUDA_EMULATED else torch.ops.efficientvit_kernels
 
 
-def lite_mla_bwd(
-    grad_y: Tensor,
-    x: Tensor,
-    qkv: Tensor | None,
-    state: Tensor | None,
-    qkv_weight: Tensor,
-    depthwise_weights: Sequence[Tensor],
-    pointwise_weights: Sequence[Tensor],
-    proj_weight: Tensor,
-    qkv_bias: Tensor | None,
-    depthwise_biases: Sequence[Tensor],
-    pointwise_biases: Sequence[Tensor],
-    proj_scale: Tensor | None,
-    has_shift: bool,
-    head_dim: int,
-    eps: float,
-    needs_x: bool,
-    needs_weights: bool,
-) -> list[Tensor]:
-    """grad_x, where needed; where needed, the gradients of the weights, of the vectors, of proj_scale and proj_shift.
+def _attend(multi_scale: Sequence[Tensor], head_dim: int, eps: float) -> tuple[Tensor, Callable[[], Tensor]]:
+    out, state = registered("relu_linear_attention", "fwd", "cuda")(multi_scale, head_dim, eps)
+    return state, lambda: out
 
-    The scales are computed and stored again, rounded; their states are those of what is stored, so that the gradients
-    are those of one and the same formula, to the last term that cancels.
-    """
-    aggregate, attend = (registered(op, "fwd", "cuda") for op in ("multiscale_aggregate", "relu_linear_attention"))
-    vectors = [vector for vector in (qkv_bias, *depthwise_biases, *pointwise_biases) if vector is not None]
-    weights = [qkv_weight, *depthwise_weights, *pointwise_weights, proj_weight]
-    if x.numel() == 0:
-        grads = zero_grads(x, [*weights, *vectors], proj_weight, proj_scale, has_shift)
-        return [empty_image(x, x.shape[1])] * needs_x + grads * needs_weights
-    qkv = product(qkv_weight, x, qkv_bias) if qkv is None else qkv
-    scales = aggregate(qkv, depthwise_weights, pointwise_weights, depthwise_biases, pointwise_biases, head_dim)
-    multi_scale = [qkv, *scales]
-    out, state = attend(multi_scale, head_dim, eps)
-    scaled = grad_y if proj_scale is None else (grad_y * proj_scale.view(1, -1, 1, 1)).to(x.dtype)
-    grad_out = product(proj_weight.transpose(0, 1), scaled)
-    grad_qkv, *grad_scales = registered("relu_linear_attention", "bwd", "cuda")(
-        grad_out, multi_scale, state, head_dim, eps, list(range(len(multi_scale)))
-    )
-    has_biases = needs_weights and len(depthwise_biases) > 0
-    aggregation: list[Tensor] = []
-    if scales:
-        grad_of_scales, *aggregation = registered("multiscale_aggregate", "bwd", "cuda")(
-            *(grad_scales, qkv, depthwise_weights, pointwise_weights, depthwise_biases, head_dim),
-            *(True, needs_weights, has_biases),
-        )
-        grad_qkv = grad_qkv.add_(grad_of_scales)
-    grads = [product(qkv_weight.transpose(0, 1), grad_qkv)] if needs_x else []
-    if not needs_weights:
-        return grads
-    grad_proj, *grad_epilogue = projection_grads(grad_y, out, proj_weight, proj_scale, has_shift)
-    count = 2 * len(scales)
-    grad_qkv_weight = weight_gradient(grad_qkv, x).to(x.dtype).view(qkv_weight.shape)
-    grads += [grad_qkv_weight, *aggregation[:count], grad_proj]
-    grads += [] if qkv_bias is None else [grad_qkv.sum(dim=(0, 2, 3), dtype=torch.float32).to(x.dtype)]
-    return [*grads, *aggregation[count:], *grad_epilogue]
+
+def _attention_grads(
+    grad_out: Tensor, multi_scale: Sequence[Tensor], state: Tensor, head_dim: int, eps: float
+) -> list[Tensor]:
+    backward = registered("relu_linear_attention", "bwd", "cuda")
+    grads: list[Tensor] = backward(grad_out, multi_scale, state, head_dim, eps, list(range(len(multi_scale))))
+    return grads
+
+
+def _aggregate(qkv: Tensor, *arguments: Any) -> list[Tensor]:
+    scales: list[Tensor] = registered("multiscale_aggregate", "fwd", "cuda")(qkv, *arguments)
+    return scales
+
+
+def _aggregation_grads(grad_scales: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
+    *inputs, needs_weights, needs_biases, addend = arguments
+    if not grad_scales:
+        return [addend]
+    backward = registered("multiscale_aggregate", "bwd", "cuda")
+    grad_qkv, *rest = backward(grad_scales, *inputs, True, needs_weights, needs_biases)
+    return [addend.add_(grad_qkv), *rest]
+
+
+_KERNELS = Kernels(_aggregate, _attend, _attention_grads, _aggregation_grads)
+
+
+def lite_mla_bwd(grad_y: Tensor, x: Tensor, qkv: Tensor | None, state: Tensor | None, *arguments: Any) -> list[Tensor]:
+    """See `composed_backward`; the state of the forward is not that of the scales as they are stored."""
+    return composed_backward(_KERNELS, grad_y, x, qkv, *arguments)

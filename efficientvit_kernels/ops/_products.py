@@ -42,34 +42,3 @@ def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda:
         return torch.bmm(a, b.mT, out_dtype=torch.float32)
     return torch.bmm(a.float(), b.mT.float())
-
-
-def projection_grads(
-    grad_y: Tensor, out: Tensor, weight: Tensor, scale: Tensor | None, has_shift: bool
-) -> list[Tensor]:
-    """Of proj_weight, proj_scale and proj_shift, of which the latter may not be there.
-
-    With R = sum grad_y out^T: dW = scale R, and d scale = the sums of the rows of W R, for which W out is not needed.
-    """
-    raw = weight_gradient(grad_y, out)
-    grad_weight = raw if scale is None else raw * scale.view(-1, 1)
-    grads = [grad_weight.to(weight.dtype).view(weight.shape)]
-    if scale is not None:
-        grads.append((raw * weight.flatten(1)).sum(dim=1))
-    if has_shift:
-        grads.append(grad_y.sum(dim=(0, 2, 3), dtype=torch.float32))
-    return grads
-
-
-def zero_grads(
-    x: Tensor,
-    parameters: list[Tensor],
-    proj_weight: Tensor,
-    proj_scale: Tensor | None,
-    has_shift: bool,
-) -> list[Tensor]:
-    """Of the parameters of lite_mla, where there are no pixels: proj_scale's and proj_shift's come last, in fp32."""
-    epilogue = [proj_scale is not None, has_shift].count(True)
-    return [torch.zeros_like(parameter) for parameter in parameters] + [
-        x.new_zeros(proj_weight.shape[0], dtype=torch.float32) for _ in range(epilogue)
-    ]

@@ -8,14 +8,15 @@ Backward: what lies between the products is computed again from qkv, by the kern
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops._fakes import empty_image
-from ..ops._products import product, projection_grads, weight_gradient, zero_grads
+from ..ops._lite_mla_backward import Kernels, composed_backward
+from ..ops._products import product
 from .configs import MAX_REGISTERS
 from .launch import arch_of, block_of, launch, product_kind, product_precision, tap_strides
 from .lite_mla_configs import BlockConfig, block_config, tiles_per_program, tiles_per_split
@@ -162,61 +163,41 @@ def _aggregate_and_apply(
         )
 
 
-def lite_mla_bwd(
-    grad_y: Tensor,
-    x: Tensor,
-    qkv: Tensor | None,
-    state: Tensor | None,
-    qkv_weight: Tensor,
+def _attend(multi_scale: Sequence[Tensor], head_dim: int, eps: float) -> tuple[Tensor, Callable[[], Tensor]]:
+    qkv, states = multi_scale[0], kv_states(multi_scale, head_dim)
+
+    def attended() -> Tensor:
+        out = empty_image(qkv, states.shape[1] * head_dim)
+        apply(multi_scale, states, None, out, head_dim, eps)
+        return out
+
+    return states.sum(dim=2), attended
+
+
+def _attention_grads(
+    grad_out: Tensor, multi_scale: Sequence[Tensor], state: Tensor, head_dim: int, eps: float
+) -> list[Tensor]:
+    return relu_linear_attention_bwd(grad_out, multi_scale, state, head_dim, eps, range(len(multi_scale)))
+
+
+def _aggregation_grads(
+    grad_scales: Sequence[Tensor],
+    qkv: Tensor,
     depthwise_weights: Sequence[Tensor],
     pointwise_weights: Sequence[Tensor],
-    proj_weight: Tensor,
-    qkv_bias: Tensor | None,
     depthwise_biases: Sequence[Tensor],
-    pointwise_biases: Sequence[Tensor],
-    proj_scale: Tensor | None,
-    has_shift: bool,
     head_dim: int,
-    eps: float,
-    needs_x: bool,
     needs_weights: bool,
+    needs_biases: bool,
+    addend: Tensor,
 ) -> list[Tensor]:
-    """grad_x, where needed; where needed, the gradients of the weights, of the vectors, of proj_scale and proj_shift.
+    weights = (depthwise_weights, pointwise_weights, depthwise_biases)
+    return multiscale_aggregate_bwd(grad_scales, qkv, *weights, head_dim, True, needs_weights, needs_biases, addend)
 
-    The scales are computed and stored again, rounded; their states are those of what is stored, so that the gradients
-    are those of one and the same formula, to the last term that cancels.
-    """
-    vectors = [vector for vector in (qkv_bias, *depthwise_biases, *pointwise_biases) if vector is not None]
-    weights = [qkv_weight, *depthwise_weights, *pointwise_weights, proj_weight]
-    if x.numel() == 0:
-        grads = zero_grads(x, [*weights, *vectors], proj_weight, proj_scale, has_shift)
-        return [empty_image(x, x.shape[1])] * needs_x + grads * needs_weights
-    qkv = product(qkv_weight, x, qkv_bias) if qkv is None else qkv
-    scales = multiscale_aggregate_fwd(
-        qkv, depthwise_weights, pointwise_weights, depthwise_biases, pointwise_biases, head_dim
-    )
-    multi_scale = [qkv, *scales]
-    states = kv_states(multi_scale, head_dim)
-    state = states.sum(dim=2)
-    scaled = grad_y if proj_scale is None else (grad_y * proj_scale.view(1, -1, 1, 1)).to(x.dtype)
-    grad_out = product(proj_weight.transpose(0, 1), scaled)
-    grad_qkv, *grad_scales = relu_linear_attention_bwd(
-        grad_out, multi_scale, state, head_dim, eps, range(len(multi_scale))
-    )
-    has_biases = needs_weights and len(depthwise_biases) > 0
-    grad_qkv, *aggregation = multiscale_aggregate_bwd(
-        *(grad_scales, qkv, depthwise_weights, pointwise_weights, depthwise_biases, head_dim),
-        *(True, needs_weights, has_biases),
-        addend=grad_qkv,
-    )
-    grads = [product(qkv_weight.transpose(0, 1), grad_qkv)] if needs_x else []
-    if not needs_weights:
-        return grads
-    out = empty_image(x, grad_out.shape[1])
-    apply(multi_scale, states, None, out, head_dim, eps)
-    grad_proj, *grad_epilogue = projection_grads(grad_y, out, proj_weight, proj_scale, has_shift)
-    count = 2 * len(scales)
-    grad_qkv_weight = weight_gradient(grad_qkv, x).to(x.dtype).view(qkv_weight.shape)
-    grads += [grad_qkv_weight, *aggregation[:count], grad_proj]
-    grads += [] if qkv_bias is None else [grad_qkv.sum(dim=(0, 2, 3), dtype=torch.float32).to(x.dtype)]
-    return [*grads, *aggregation[count:], *grad_epilogue]
+
+_KERNELS = Kernels(multiscale_aggregate_fwd, _attend, _attention_grads, _aggregation_grads)
+
+
+def lite_mla_bwd(grad_y: Tensor, x: Tensor, qkv: Tensor | None, state: Tensor | None, *arguments: Any) -> list[Tensor]:
+    """See `composed_backward`; the state of the forward is not that of the scales as they are stored."""
+    return composed_backward(_KERNELS, grad_y, x, qkv, *arguments)
