@@ -128,7 +128,7 @@ FUSED_MORE = [
     _of(16, 5, 9, layout="offset"),
     _of(16, 6, 8, values="special", biases=False),
     _of(16, 5, 7, values="special"),
-    _of(8, 80, 130, kernels=(5,), batch=1),  # more splits than a reader adds up, several tiles each
+    _of(8, 80, 128, kernels=(5,), batch=1),  # more splits than a reader adds up, several tiles each
     _of(8, 6, 16, kernels=(5,), values="integers"),
     _of(8, 7, 9, kernels=(5,), layout="channels_last", eps=1e-40),
     _of(32, 9, 24, kernels=(7,), batch=1),
