@@ -198,8 +198,10 @@ def build(folder: Path = BUILD) -> Path:
     import ninja
 
     os.environ.update(FORCE_CUDA="1", EFFICIENTVIT_KERNELS_CUDA_ARCHS=";".join(ARCHS))
-    library = folder / _build.CUDA_LIBRARY
-    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(_build.write_ninja(folder, folder))]
+    products = folder / "libraries"  # beside the folders of objects, which have the libraries' names
+    products.mkdir(parents=True, exist_ok=True)
+    library = products / _build.CUDA_LIBRARY
+    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(_build.write_ninja(folder, products))]
     command += ["-j", os.environ.get("MAX_JOBS", "2"), str(library)]
     if subprocess.run(command, check=False).returncode != 0:
         raise RuntimeError("compiling the CUDA library failed; the compiler's messages are above")
