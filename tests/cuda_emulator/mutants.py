@@ -59,6 +59,9 @@ def _blanked(text: str) -> str:
     constant = r"\bstatic_assert\b[^;]*;|\bconstexpr\s+(?!if)[\w:<>]+\s+\w+\s*=[^;]*;|\btemplate <[^;{]*?>(?=\s)"
     for pattern in (unread, constant):
         text = re.sub(pattern, lambda m: re.sub(r"[^\n]", " ", m[0]), text, flags=re.DOTALL | re.MULTILINE)
+    for match in re.finditer(r"__launch_bounds__\(", text):  # of a kernel's speed, not of what it computes
+        end = _closing(text, match.end() - 1) + 1
+        text = text[: match.start()] + re.sub(r"[^\n]", " ", text[match.start() : end]) + text[end:]
     return text
 
 

@@ -220,6 +220,8 @@ PROJECTIONS = [
     Projection(HALF, 32, 64, 6, 8, extras="shift residual"),  # four neighbours
     Projection(HALF, 104, 24, 6, 10, "channels_last", batch=3),  # eight channels
     Projection(HALF, 8, 70, 1, 5, "channels_last", extras="shift"),
+    Projection(HALF, 16, 24, 3, 4, extras="scale"),
+    Projection(HALF, 16, 24, 3, 3, "channels_last", extras="scale"),
     Projection(HALF, 264, 24, 9, 15, "transposed", batch=1, extras=""),
     Projection(HALF, 136, 72, 9, 12, multiprocessors=1),  # 64 tokens a block
     Projection(BFLOAT, 72, 136, 9, 17, "channels_last", multiprocessors=1),

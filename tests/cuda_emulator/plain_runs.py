@@ -62,7 +62,7 @@ class Sample:
     heads: int = 2
     scales: int = 1
     eps: float = 1e-15
-    values: str = "random"  # or "integers", of which every sum is exact; "special": NaN and infinities among them
+    values: str = "random"  # "integers": every sum is exact; "special": NaN and infinities; "cancelling": see `qkv`
 
     @property
     def backward_scales(self) -> list[int]:
@@ -76,6 +76,11 @@ class Sample:
         if self.values == "integers":
             made = [torch.randint(-3, 4, x.shape, generator=torch.Generator().manual_seed(i)).to(x) for i, x in
                     enumerate(made)]  # fmt: skip
+        if self.values == "cancelling":
+            # Splits of 256 tokens whose sums are 2^25, 1, 1 and -2^25: 2, if what each addition rounds away is kept.
+            packed = made[0].zero_().view(self.batch, self.heads, 3, self.head_dim, -1)
+            for token, k, v in ((5, 1024, 32768), (300, 1, 1), (600, 1, 1), (900, 1024, -32768)):
+                packed[:, :, 1, :, token], packed[:, :, 2, :, token] = k, v
         if self.values == "special":
             packed = made[0].view(self.batch, self.heads, 3, self.head_dim, -1)
             packed[0, 0, 0, 1, 3] = math.nan  # q: one token of one head
@@ -150,14 +155,14 @@ def check(library: ctypes.CDLL, sample: Sample, order: str, *, far: bool = False
     ours = {0: out}
     if sample.eps == 0 or sample.eps > 2.0**-126:  # quotients by less leave float16
         ours |= {1 + i: x for i, x in zip(sample.backward_scales, grads, strict=True)}
-    for i, x in ours.items():
+    for i, x in ours.items() if sample.values != "cancelling" else ():
         truth, base = known.truth[i], known.base[i]
         if sample.values == "special":
             torch.testing.assert_close(x, truth.to(x), rtol=0.02, atol=0.02, equal_nan=True)
         else:
             verdict = rule_t(x, truth, base)
             assert verdict.ok, f"{sample}, {order}, result {i}: {verdict}"
-    exact = sample.values == "integers"
+    exact = sample.values in ("integers", "cancelling")
     size = 1.0 if exact else float(known.state.abs().nan_to_num(0, 0, 0).max())
     tolerance = 0 if exact else 2e-6 * size
     torch.testing.assert_close(state.double(), known.state, rtol=0, atol=tolerance, equal_nan=True)
@@ -174,6 +179,7 @@ HALF_MORE = [
     Sample(HALF, 16, 20, 28, batch=1, eps=0.5),  # several splits, several warps
     Sample(HALF, 16, 46, 50, batch=1, heads=1),  # so many that a kernel of its own adds them up
     Sample(HALF, 16, 9, 8, "channels_last", values="integers"),
+    Sample(HALF, 16, 32, 32, batch=1, heads=1, values="cancelling"),
     Sample(HALF, 16, 7, 19, "channels_last", scales=2, eps=0.0),
     Sample(HALF, 16, 7, 19, "offset", batch=3),
     Sample(HALF, 16, 13, 5, "transposed"),
@@ -193,6 +199,7 @@ FLOAT_QUICK = [
 FLOAT_MORE = [
     Sample(FLOAT, 8, 46, 50, batch=1, heads=1),
     Sample(FLOAT, 8, 7, 9, "sliced", eps=0.0),
+    Sample(FLOAT, 8, 32, 32, batch=1, heads=1, values="cancelling"),
     Sample(FLOAT, 8, 20, 20, "channels_last", scales=3),
     Sample(FLOAT, 64, 9, 15, batch=1),
 ]

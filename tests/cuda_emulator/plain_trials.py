@@ -21,7 +21,7 @@ from tests.cuda_emulator.mutants import SURVIVED, Mutant, Trial, mutants_of
 from tests.cuda_emulator.plain_runs import PLAIN
 
 # An index outside of a local array ends the process, whatever lies there.
-BOUNDS = ("-O0", "-fsanitize=bounds", "-fsanitize-undefined-trap-on-error")
+BOUNDS = ("-O0", "-fsanitize=bounds-strict", "-fsanitize-undefined-trap-on-error")
 # nvcc alone reads the instructions of ptx.cuh: their twins have tests of their own.
 NOT_DEVICE_CODE = ("platform.cuh", "ptx.cuh")
 FILES = [

