@@ -10,15 +10,24 @@ BESIDE = "reads one lane more, of the same head, which meets a zero or is not st
 DEFAULT = "only in 16 bits, where the precision is TF32, which is also the default on NVIDIA GPUs"
 MASKED = "the programs' last tiles then go on below the image, where every lane is masked"
 STORED = "16 bits are stored, which are exact in TF32: nothing to round"
+BEYOND = "grad_out is 0 beyond the image, and so is P^T grad_out but for a P of NaN or inf, which spoils the same sums"
 HUGE = "only partial sums of more than 2^31 elements need 64 bits there"
 
 SURVIVORS: dict[str, dict[str, str]] = {
-    "tile.py": {},
+    "tile.py": {
+        "operand: narrow: x.to(tl.float32)": "the interpreter makes everything float32 right after the load",
+    },
     "attention_state.py": {
         "sum_of_splits: bound: o_row < D": "reads z as a row more of KV, whose lanes are not stored",
         "sum_of_splits: bound: o_col < D": BESIDE,
     },
-    "aggregation.py": {},
+    "aggregation.py": {
+        "middle_rows: mask: rows + r < height": BEYOND,
+        "middle_rows: mask: cols < width": BEYOND,
+        "middle_rows: mask: m_n[None, :]": BEYOND,
+        "middle_rows: bound: rows + r < height": BEYOND,
+        "middle_rows: bound: cols < width": BEYOND,
+    },
     "relu_linear_attention.py": {
         "kv_state_kernel: bound: o_d < D": BESIDE,
         "apply_kernel: bound: o_c < D": BESIDE,
