@@ -72,8 +72,8 @@ def same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         assert torch.equal(*pair), i
 
 
-# Batch, heads, head dim, H, W: three along the axis, or two heads of two channels, so that the last lie beyond 2^31.
-SHAPES = {"images": (3, 1, 1, 1, 2), "channels": (1, 2, 2, 1, 2), "rows": (1, 1, 1, 3, 2), "columns": (1, 1, 1, 1, 3)}
+# Batch, heads, head dim, H, W: three along the axis, so that the last lie beyond 2^31, and more than one head.
+SHAPES = {"images": (3, 1, 1, 1, 2), "channels": (1, 2, 3, 1, 2), "rows": (1, 1, 1, 3, 2), "columns": (1, 1, 1, 1, 3)}
 
 
 @pytest.mark.parametrize(
