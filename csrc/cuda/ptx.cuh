@@ -81,6 +81,16 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* 
                : "memory");
 }
 
+// 16 or 8 bytes to global or shared memory in one instruction, aligned to as many: of a store in C++ the compiler makes
+// one per word where the words came about one by one.
+__device__ __forceinline__ void store_16(void* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+__device__ __forceinline__ void store_8(void* p, uint32_t a, uint32_t b) {
+  asm volatile("st.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(a), "r"(b) : "memory");
+}
+
 // Asynchronous copies from global to shared memory, both addresses aligned to their size. Where not valid, zeros are
 // written and `global` is not read. The bytes are there for this thread after cp_async_wait, for others after a
 // barrier.

@@ -145,6 +145,21 @@ __device__ void store_words(void* p, const uint32_t* words) {
   }
 }
 
+// The same of words that were packed one by one.
+template <int kWords>
+__device__ void store_packed(void* p, const uint32_t* words) {
+  if constexpr (kWords % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      store_16(static_cast<uint32_t*>(p) + i, words[i], words[i + 1], words[i + 2], words[i + 3]);
+    }
+  } else if constexpr (kWords == 2) {
+    store_8(p, words[0], words[1]);
+  } else {
+    store_words<kWords>(p, words);
+  }
+}
+
 // A lane's tokens n to n + kCount - 1 (8, 4 or 2) of a channel; those from `stop` on are 0. Rows end with a whole
 // group.
 template <int kCount, class T>
@@ -168,11 +183,11 @@ __device__ void load_tokens(uint32_t* words, const Plane<T>& plane, const T* p, 
 template <int kCount, class T>
 __device__ void store_tokens(const Plane<T>& plane, T* p, const uint32_t* words, int n, int stop) {
   if (kCount <= 4 || plane.aligned) {
-    if (n < stop) store_words<kCount / 2>(p + n, words);
+    if (n < stop) store_packed<kCount / 2>(p + n, words);
   } else {
 #pragma unroll
     for (int i = 0; i < kCount / 2; i += 2) {
-      if (n + 2 * i < stop) store_words<2>(p + n + 2 * i, words + i);
+      if (n + 2 * i < stop) store_packed<2>(p + n + 2 * i, words + i);
     }
   }
 }
@@ -256,7 +271,7 @@ struct Words {
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) {
         const int n = token(slot);
-        if (n < stop) store_words<kPerSlot>(base + plane.offset(n), words + slot * kPerSlot);
+        if (n < stop) store_packed<kPerSlot>(base + plane.offset(n), words + slot * kPerSlot);
       }
     }
   }

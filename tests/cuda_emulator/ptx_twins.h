@@ -80,6 +80,17 @@ inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* shared, Site site = 
   ldmatrix("ldmatrix_x2_trans", r, 2, true, shared, site);
 }
 
+inline void store_16(void* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d, Site site = Site::current()) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) emulator::fail("store_16", "misaligned address", site);
+  auto* words = static_cast<uint32_t*>(p);
+  words[0] = a, words[1] = b, words[2] = c, words[3] = d;
+}
+inline void store_8(void* p, uint32_t a, uint32_t b, Site site = Site::current()) {
+  if (reinterpret_cast<uintptr_t>(p) % 8) emulator::fail("store_8", "misaligned address", site);
+  auto* words = static_cast<uint32_t*>(p);
+  words[0] = a, words[1] = b;
+}
+
 inline void cp_async(const char* name, void* shared, const void* global, int size, bool valid, Site site) {
   emulator::check_shared(shared, size, size, name, site);
   if (reinterpret_cast<uintptr_t>(global) % size) emulator::fail(name, "misaligned global address", site);

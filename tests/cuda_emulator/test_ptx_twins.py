@@ -203,3 +203,11 @@ def test_copies_arrive_at_the_wait(ptx: Sample, size: int) -> None:
     if not ptx.on_gpu:  # where they may arrive earlier
         assert out[0].isnan().all()
         assert out[2].isnan().all()
+
+
+@pytest.mark.parametrize("words", [2, 4])
+def test_stores(ptx: Sample, words: int) -> None:
+    """To global memory, and to shared memory."""
+    x = torch.randn(64, words)
+    out = ptx.run("stores", x.flatten(), 2 * x.numel(), block=(64,), shared=4 * x.numel(), a=words)
+    assert torch.equal(out.reshape(2, 64, words), x.expand(2, 64, words))

@@ -76,7 +76,7 @@ FAULTS = {
     "a store without its mask": (
         "address",
         ATTENTION,
-        ("tile.cuh", "condition dropped", "if (n < stop) store_words<kCount / 2>"),
+        ("tile.cuh", "condition dropped", "if (n < stop) store_packed<kCount / 2>"),
         "AddressSanitizer: (use-after-poison|SEGV)",
     ),
     "an index beyond a fragment": (

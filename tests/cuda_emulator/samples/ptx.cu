@@ -95,8 +95,23 @@ __global__ void copies(const float* in, float* out, int words, int) {
   store(3, 1);
 }
 
+// Each thread moves `words` (2 or 4) words of its own to global memory, and through shared memory to global behind it.
+__global__ void stores(const float* in, float* out, int words, int) {
+  EVK_DYNAMIC_SHARED(shared);
+  const int t = threadIdx.x, n = blockDim.x * words;
+  const uint32_t* from = reinterpret_cast<const uint32_t*>(in) + t * words;
+  uint32_t* own = reinterpret_cast<uint32_t*>(shared) + t * words;
+  uint32_t* to = reinterpret_cast<uint32_t*>(out) + t * words;
+  for (uint32_t* p : {to, own}) {
+    if (words == 4) ptx::store_16(p, from[0], from[1], from[2], from[3]);
+    if (words == 2) ptx::store_8(p, from[0], from[1]);
+  }
+  for (int i = 0; i < words; ++i) to[n + i] = own[i];
+}
+
 EVK_SAMPLE(fragments)
 EVK_SAMPLE(matrices)
 EVK_SAMPLE(product)
 EVK_SAMPLE(conversions)
 EVK_SAMPLE(copies)
+EVK_SAMPLE(stores)
