@@ -56,7 +56,7 @@ gpu-here:
 sanitize: $(STAMP)
 	$(BIN)/python -m pytest tests/test_sanitizers.py tests/cuda_kernels/test_sanitized.py -k test_memory --nightly
 
-# Everything, with long fuzzing, the sanitizers and their planted faults: about three quarters of an hour on two cores.
+# Everything: long fuzzing, mutants, sanitizers with planted faults, both resource tables anew. Hours on two cores.
 nightly: $(STAMP)
 	EVK_FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest -m "not gpu" --nightly
 
