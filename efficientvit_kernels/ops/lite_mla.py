@@ -81,9 +81,9 @@ def lite_mla(
 
     Numerics: products and sums in float32 (float64 for float64) from the stored values. qkv is stored, hence rounded
     once, in x's dtype; what lies between qkv and y is float32, and y is rounded once; the triton and cuda backends also
-    store, and round, the attention's result, and cuda a wide projection's. The cpu backend gives the same bits from run to
-    run, at any thread count, in any layout and with or without gradients. Backward saves x, qkv and a
-    [B, heads * (1 + S), D + 1, D] state, or x alone; a second differentiation and forward-mode differentiation raise.
+    store, and round, the attention's result, and cuda a wide projection's. The cpu backend gives the same bits from run
+    to run, at any thread count, in any layout and with or without gradients. Backward saves x, qkv and a [B, heads * (1
+    + S), D + 1, D] state, or x alone; a second differentiation and forward-mode differentiation raise.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
