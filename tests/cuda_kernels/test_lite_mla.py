@@ -18,8 +18,7 @@ from efficientvit_kernels.testing import official_lite_mla, rule_t
 from tests.cuda_emulator.ops import cuda_calls
 from tests.ops.block_common import assert_all_ok, assert_equal_bits, on_device
 from tests.ops.common import HALF, as_layout, device_of
-from tests.ops.lite_mla_samples import ALL, SAMPLES, Sample, dtypes_are_kept, exact, judge, run
-from tests.triton_kernels.test_lite_mla import state_and_tolerance
+from tests.ops.lite_mla_samples import ALL, SAMPLES, Sample, dtypes_are_kept, exact, judge, run, state_and_tolerance
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.parametrize("backend", ["cuda"])]
 DTYPES = [torch.float32, *HALF]

@@ -161,3 +161,19 @@ def dtypes_are_kept(arguments: Arguments, found: Arguments) -> bool:
         result.dtype == (torch.promote_types(x, torch.float32) if name in vectors else x)
         for name, result in found.items()
     )
+
+
+def state_and_tolerance(qkv: Tensor, arguments: Arguments, dtype: torch.dtype) -> tuple[Tensor, float, float]:
+    """Of the stored qkv, in float64; its largest sum of absolute terms times the roundings of both operands.
+
+    16 bits: to 11 bits, of sums of up to a hundred terms that may cancel, hence 8 roundings; float32: as many of 24.
+    """
+    names = ("depthwise_weights", "pointwise_weights", "depthwise_biases", "pointwise_biases")
+    weights = in_dtype({name: arguments.get(name) for name in names}, torch.float64)
+    qkv, head_dim = qkv.double(), arguments["head_dim"]
+    maps = [qkv, *reference.multiscale_aggregate(qkv, **weights, head_dim=head_dim)]
+    _, k, v = torch.cat(maps, dim=1).reshape(qkv.shape[0], -1, 3 * head_dim, qkv[0, 0].numel()).split(head_dim, dim=2)
+    k = k.relu()
+    state = torch.cat([v @ k.mT, k.sum(dim=-1).unsqueeze(2)], dim=2)
+    largest = float(torch.maximum(v.abs() @ k.mT, k.sum(dim=-1).unsqueeze(2)).max())
+    return state, 0.0, 8 * (2.0**-24 if dtype == torch.float32 else 2.0**-11) * largest

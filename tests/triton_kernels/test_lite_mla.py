@@ -19,7 +19,7 @@ from efficientvit_kernels.triton_kernels.lite_mla import lite_mla_fwd
 from efficientvit_kernels.triton_kernels.pointwise import product_with_epilogue
 from tests.ops.block_common import Arguments, assert_all_ok, assert_equal_bits, in_dtype, mapped, results
 from tests.ops.common import HALF, as_layout, device_of
-from tests.ops.lite_mla_samples import ALL, SAMPLES, Sample, dtypes_are_kept, exact, judge, run
+from tests.ops.lite_mla_samples import ALL, SAMPLES, Sample, dtypes_are_kept, exact, judge, run, state_and_tolerance
 from tests.ops.rounding import prescribed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,24 +85,6 @@ def test_forward(sample: Sample, dtype: torch.dtype) -> None:
         y, qkv, state = lite_mla_fwd(*inputs, *epilogue, sample.head_dim, sample.eps, True)
     assert torch.equal(y.cpu(), found)
     assert torch.allclose(state.cpu().double(), *state_and_tolerance(qkv.cpu(), arguments, dtype))
-
-
-def state_and_tolerance(
-    qkv: torch.Tensor, arguments: Arguments, dtype: torch.dtype
-) -> tuple[torch.Tensor, float, float]:
-    """Of the stored qkv, in float64; its largest sum of absolute terms times the roundings of both operands.
-
-    16 bits: to 11 bits, of sums of up to a hundred terms that may cancel, hence 8 roundings; float32: as many of 24.
-    """
-    names = ("depthwise_weights", "pointwise_weights", "depthwise_biases", "pointwise_biases")
-    weights = in_dtype({name: arguments.get(name) for name in names}, torch.float64)
-    qkv, head_dim = qkv.double(), arguments["head_dim"]
-    maps = [qkv, *reference.multiscale_aggregate(qkv, **weights, head_dim=head_dim)]
-    _, k, v = torch.cat(maps, dim=1).reshape(qkv.shape[0], -1, 3 * head_dim, qkv[0, 0].numel()).split(head_dim, dim=2)
-    k = k.relu()
-    state = torch.cat([v @ k.mT, k.sum(dim=-1).unsqueeze(2)], dim=2)
-    largest = float(torch.maximum(v.abs() @ k.mT, k.sum(dim=-1).unsqueeze(2)).max())
-    return state, 0.0, 8 * (2.0**-24 if dtype == torch.float32 else 2.0**-11) * largest
 
 
 @pytest.mark.nightly
