@@ -82,9 +82,9 @@ py::dict cuda_lite_mla_plan(int64_t batch, int64_t heads, int64_t height, int64_
   check_image("cuda_lite_mla_plan", batch, heads, height, width, head_dim, kernel_size);
   const cuda::Device device{0, multiprocessors, max_shared_bytes};
   py::dict dict;
-  dict["fused"] = cuda::has_fused_attention(head_dim, 2);
-  if (!cuda::has_fused_attention(head_dim, 2)) return dict;
-  const auto plan = cuda::plan_fused_attention(height, width, head_dim, kernel_size, device);
+  dict["fused"] = cuda::has_aggregate_attention(head_dim, 2);
+  if (!cuda::has_aggregate_attention(head_dim, 2)) return dict;
+  const auto plan = cuda::plan_aggregate_attention(height, width, head_dim, kernel_size, device);
   dict["state"] = dict_of(plan.state);
   dict["state"]["grid"] = 2 * batch * heads * plan.splits;
   dict["apply"] = dict_of(plan.apply);

@@ -131,16 +131,16 @@ inline AggregateGradPlan plan_aggregate_grad(int64_t batch, int64_t height, int6
 
 // What lies between the products of lite_mla, fused: the aggregation with the sum of the states, and with their
 // application. At D = 64 the sum would need more registers than there are; it runs op by op there, and in float32.
-constexpr bool has_fused_attention(int64_t head_dim, int bytes) { return head_dim <= 32 && bytes == 2; }
+constexpr bool has_aggregate_attention(int64_t head_dim, int bytes) { return head_dim <= 32 && bytes == 2; }
 
 // Tiles of the sum and of the application; `blocks` per head and image, of both.
-struct FusedAttentionPlan {
+struct AggregateAttentionPlan {
   AggregatePlan state, apply;
   int64_t tiles_per_split, splits;
   bool sums_splits;
 };
 
-constexpr int64_t fused_state_shared_bytes(int rows, int cols, int head_dim, int size) {
+constexpr int64_t aggregate_state_shared_bytes(int rows, int cols, int head_dim, int size) {
   const int64_t d = head_dim, floats = 4;
   const int64_t operand = std::max<int64_t>(d, 16) * d * floats;
   const int64_t taps = 2 * d * size * tap_pitch(size) * floats, biases = 3 * d * floats;
@@ -150,22 +150,22 @@ constexpr int64_t fused_state_shared_bytes(int rows, int cols, int head_dim, int
   return operand + taps + biases + std::max(std::max(halo, identity), sums);
 }
 
-constexpr int64_t fused_apply_shared_bytes(int rows, int cols, int head_dim, int size) {
+constexpr int64_t aggregate_apply_shared_bytes(int rows, int cols, int head_dim, int size) {
   const int64_t d = head_dim, floats = 4;
   const int64_t weights = 2 * d * d * floats, taps = d * size * tap_pitch(size) * floats, vectors = 3 * d * floats;
   return weights + taps + vectors + d * halo_plane(rows, cols, size, halo_margin(2), 2, 8) * 2;
 }
 
-inline FusedAttentionPlan plan_fused_attention(int64_t height, int64_t width, int head_dim, int size,
-                                               const Device& device) {
+inline AggregateAttentionPlan plan_aggregate_attention(int64_t height, int64_t width, int head_dim, int size,
+                                                       const Device& device) {
   const auto warps_of = [](int pixels) { return pixels % 64 == 0 && pixels / 64 <= kMaxWarps ? pixels / 64 : 0; };
-  FusedAttentionPlan plan{};
+  AggregateAttentionPlan plan{};
   plan.state = plan_tiles(
       height, width, head_dim, size, device,
-      [=](int rows, int cols) { return fused_state_shared_bytes(rows, cols, head_dim, size); }, warps_of);
+      [=](int rows, int cols) { return aggregate_state_shared_bytes(rows, cols, head_dim, size); }, warps_of);
   plan.apply = plan_tiles(
       height, width, head_dim, size, device,
-      [=](int rows, int cols) { return fused_apply_shared_bytes(rows, cols, head_dim, size); }, warps_of);
+      [=](int rows, int cols) { return aggregate_apply_shared_bytes(rows, cols, head_dim, size); }, warps_of);
   plan.tiles_per_split = std::max<int64_t>(1, ceil_div(plan.state.tiles, kMaxSplits));
   plan.splits = ceil_div(plan.state.tiles, plan.tiles_per_split);
   plan.sums_splits = plan.splits > kMaxSummedSplits;

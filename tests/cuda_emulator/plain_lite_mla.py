@@ -22,7 +22,7 @@ WEIGHTS = ("depthwise_weights", "pointwise_weights", "depthwise_biases", "pointw
 
 
 class FusedCall(ctypes.Structure):
-    """As `Call` in plain_torch/plain_fused.cu."""
+    """As `Call` in plain_torch/plain_aggregate_attention.cu."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("type", "layout", "far", "batch", "channels", "height", "width")),
@@ -115,7 +115,7 @@ def _of(*shape: int, kernels: tuple[int, ...] = (3,), eps: float = 1e-15, last: 
     return Fused(plain_aggregate.Sample(HALF, *shape, kernels, **rest), eps, last)  # type: ignore[arg-type]
 
 
-# What the tables for EVK_TRIAL_FUSED=1 can compute.
+# What the tables for EVK_TRIAL_AGGREGATE_ATTENTION=1 can compute.
 FUSED_QUICK = [
     _of(16, 9, 14, eps=0.5),  # rows that are not aligned, several warps
     _of(16, 5, 16, kernels=(3, 3), values="integers", heads=2),
@@ -142,7 +142,7 @@ FUSED_FAR = [
 
 
 def check_fused(path: Path, level: int, *, far: bool = True) -> None:
-    """With the library of this level of EVK_TRIAL_FUSED: in two orders of threads and blocks."""
+    """With the library of this level of EVK_TRIAL_AGGREGATE_ATTENTION: in two orders of threads and blocks."""
     library = ctypes.CDLL(str(path))
     for sample in [*FUSED_QUICK, *(FUSED_MORE if level >= 2 else [])]:
         for order in ("forward", "reverse"):

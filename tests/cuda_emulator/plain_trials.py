@@ -82,9 +82,9 @@ AGGREGATE = Driver(
     plain_aggregate.expect_all,
     {"": (2,)},
 )
-FUSED = Driver(
-    "plain_fused.cu",
-    ("EVK_TRIAL_FUSED",),
+AGGREGATE_ATTENTION = Driver(
+    "plain_aggregate_attention.cu",
+    ("EVK_TRIAL_AGGREGATE_ATTENTION",),
     plain_lite_mla.check_fused,
     plain_lite_mla.expect_fused,
     {"": (2,)},
@@ -92,7 +92,7 @@ FUSED = Driver(
 PROJECTION = Driver(
     "plain_projection.cu", (), plain_lite_mla.check_projection, plain_lite_mla.expect_projection, {"": ()}
 )
-DRIVERS = [ATTENTION, AGGREGATE, FUSED, PROJECTION]
+DRIVERS = [ATTENTION, AGGREGATE, AGGREGATE_ATTENTION, PROJECTION]
 
 
 def drivers_of(file: Path) -> list[Driver]:

@@ -21,7 +21,7 @@ EXAMINED = 5
 
 # These compute the same.
 EQUIVALENT: dict[str, dict[str, str]] = {
-    "fused_attention_kernels.cuh": {
+    "aggregate_attention_kernels.cuh": {
         "bound off by one: for (int e = threadIdx.x; e < kTiles * 16 * D; e += blockDim.x) { [< -> <=]": "the same "
         "thread writes the first tap there, later",
         "bound off by one: weight[e] = o < D ? __float_as_uint(value_of(pointwise + (k_first + o) * D + c)) : 0u; "
@@ -94,7 +94,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
 
 # These do not, and tests should find them.
 MISSED: dict[str, dict[str, str]] = {
-    "fused_attention_kernels.cuh": {
+    "aggregate_attention_kernels.cuh": {
         "bound off by one: for (int i = 0; i < D / 4; ++i) { [< -> <=]": "a write beyond a local array, through a "
         "pointer, where nothing is",
     },

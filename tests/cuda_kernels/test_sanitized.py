@@ -27,7 +27,12 @@ pytestmark = [
     pytest.mark.skipif("EVK_EMULATOR_SANITIZER" in os.environ, reason="starts processes under a sanitizer itself"),
 ]
 # Levels of the drivers' tables.
-LEAST = {"plain_attention.cu": (1, 1), "plain_aggregate.cu": (1,), "plain_fused.cu": (1,), "plain_projection.cu": ()}
+LEAST = {
+    "plain_attention.cu": (1, 1),
+    "plain_aggregate.cu": (1,),
+    "plain_aggregate_attention.cu": (1,),
+    "plain_projection.cu": (),
+}
 ALL = {source: tuple(2 for _ in levels) for source, levels in LEAST.items()}
 drivers = pytest.mark.parametrize("driver", DRIVERS, ids=lambda driver: driver.source)
 

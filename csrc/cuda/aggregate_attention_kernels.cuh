@@ -1,6 +1,6 @@
 // What lies between the products of lite_mla, for 16-bit storage and one scale, in two launches: the aggregation of k
 // and v with the sum of the states, the aggregation of q with their application. Aggregated tokens are never stored.
-// Device code only: the launcher is fused_attention.cu.
+// Device code only: the launcher is aggregate_attention.cu.
 //
 // A block has one head, on tiles of an image. With the first scale come blocks for the head's own q, k and v, which
 // no convolution touches (scale 0 of the attention).
@@ -15,7 +15,7 @@
 
 namespace efficientvit_kernels::cuda {
 
-struct FusedAttentionArgs {
+struct AggregateAttentionArgs {
   Image qkv;                   // [B, heads * 3D, H, W]
   Image out;                   // [B, G * D, H, W]
   const void* depthwise;       // [heads * 3D, K, K], contiguous as all weights
@@ -41,7 +41,7 @@ struct HeadTiles {
   int64_t batch, head, group, block, begin, end;  // tiles begin to end - 1
   bool aggregates;
 
-  __device__ explicit HeadTiles(const FusedAttentionArgs& args) {
+  __device__ explicit HeadTiles(const AggregateAttentionArgs& args) {
     const int64_t id = blockIdx.x;
     aggregates = id < args.aggregated;
     const int64_t own = aggregates ? id : id - args.aggregated;
@@ -49,10 +49,10 @@ struct HeadTiles {
     group = (aggregates ? args.first_group : 0) + head;
     begin = block * args.tiles_per_block, end = min(begin + args.tiles_per_block, args.tiles);
   }
-  __device__ int64_t pair(const FusedAttentionArgs& args) const { return batch * args.groups + group; }
+  __device__ int64_t pair(const AggregateAttentionArgs& args) const { return batch * args.groups + group; }
   // The first channel of q, k or v (part 0, 1, 2) in qkv.
   __device__ int64_t channel(int head_dim, int part) const { return (head * 3 + part) * head_dim; }
-  __device__ Window window(const FusedAttentionArgs& args, int64_t tile) const {
+  __device__ Window window(const AggregateAttentionArgs& args, int64_t tile) const {
     return {args.height, args.width, static_cast<int>(tile / args.tiles_x) * args.rows,
             static_cast<int>(tile % args.tiles_x) * args.cols};
   }
@@ -223,7 +223,7 @@ __device__ void add_aggregated(WarpState<D>& sum, const AggregatedKeys<T, D, K>&
 
 // sums[b, group, block] = the block's part of KV and z.
 template <class T, int D, int K>
-__global__ void __launch_bounds__(kThreads, 2) aggregate_kv_state_kernel(FusedAttentionArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) aggregate_kv_state_kernel(AggregateAttentionArgs args) {
   EVK_DYNAMIC_SHARED(shared);
   constexpr int kNumel = (D + 1) * D, kTiles = WarpState<D>::kTiles;
   const HeadTiles place(args);
@@ -345,7 +345,7 @@ __device__ void attend(T* staged, int plane, const uint32_t* weight, const float
 
 // out for one tile; the first block of a head stores the added-up state.
 template <class T, int D, int K>
-__global__ void __launch_bounds__(kThreads, 2) aggregate_apply_kernel(FusedAttentionArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) aggregate_apply_kernel(AggregateAttentionArgs args) {
   EVK_DYNAMIC_SHARED(shared);
   constexpr int kNumel = (D + 1) * D, kMargin = halo_margin(sizeof(T));
   const auto place_of = [](int c) { return plane_of<D>(c); };

@@ -1,14 +1,14 @@
-// The table of the kernels for a storage type; see fused_attention.h.
+// The table of the kernels for a storage type; see aggregate_attention.h.
 #pragma once
 
-#include "fused_attention.h"
-#include "fused_attention_kernels.cuh"
+#include "aggregate_attention.h"
+#include "aggregate_attention_kernels.cuh"
 
 namespace efficientvit_kernels::cuda {
 
 template <class T>
-FusedAttentionKernels fused_attention_kernels(int64_t head_dim, int64_t size) {
-  return for_kernel_size(size, [=](auto taps) -> FusedAttentionKernels {
+AggregateAttentionKernels aggregate_attention_kernels(int64_t head_dim, int64_t size) {
+  return for_kernel_size(size, [=](auto taps) -> AggregateAttentionKernels {
     constexpr int K = decltype(taps)::value;
     if (head_dim == 8) return {aggregate_kv_state_kernel<T, 8, K>, aggregate_apply_kernel<T, 8, K>};
     if (head_dim == 16) return {aggregate_kv_state_kernel<T, 16, K>, aggregate_apply_kernel<T, 16, K>};

@@ -1,7 +1,7 @@
 // What lies between the products of lite_mla without torch, for mutants: the launcher and the kernels of a few sizes.
 //
-// EVK_TRIAL_FUSED: which tables are compiled: 1 the least, 2 all that differ in what they do.
-#include "fused_attention.cu"
+// EVK_TRIAL_AGGREGATE_ATTENTION: which tables are compiled: 1 the least, 2 all that differ in what they do.
+#include "aggregate_attention.cu"
 #include "plain_torch.h"
 #include "runtime.cu"
 #include "sum_splits.cu"
@@ -9,20 +9,20 @@
 namespace efficientvit_kernels::cuda {
 
 template <class T, int D, int K>
-FusedAttentionKernels fused_table() {
+AggregateAttentionKernels aggregate_attention_table() {
   return {aggregate_kv_state_kernel<T, D, K>, aggregate_apply_kernel<T, D, K>};
 }
 
-FusedAttentionKernels fused_attention_fp16(int64_t head_dim, int64_t size) {
-  if (head_dim == 16 && size == 3) return fused_table<__half, 16, 3>();
-#if EVK_TRIAL_FUSED >= 2
-  if (head_dim == 8 && size == 5) return fused_table<__half, 8, 5>();
-  if (head_dim == 32 && size == 7) return fused_table<__half, 32, 7>();
+AggregateAttentionKernels aggregate_attention_fp16(int64_t head_dim, int64_t size) {
+  if (head_dim == 16 && size == 3) return aggregate_attention_table<__half, 16, 3>();
+#if EVK_TRIAL_AGGREGATE_ATTENTION >= 2
+  if (head_dim == 8 && size == 5) return aggregate_attention_table<__half, 8, 5>();
+  if (head_dim == 32 && size == 7) return aggregate_attention_table<__half, 32, 7>();
 #endif
   plain_torch::fail("no kernels of D = ", head_dim, " and K = ", size, " in this trial");
 }
 
-FusedAttentionKernels fused_attention_bf16(int64_t, int64_t) { plain_torch::fail("no kernels of bfloat16"); }
+AggregateAttentionKernels aggregate_attention_bf16(int64_t, int64_t) { plain_torch::fail("no kernels of bfloat16"); }
 
 // What the launcher leaves to other ops is not of this trial.
 std::tuple<Tensor, Tensor> relu_linear_attention_fwd(Tensors, int64_t, double) { plain_torch::fail("not fused"); }

@@ -1,9 +1,9 @@
 // Launcher and registration of what lies between the products of lite_mla: aggregation and attention.
 #include <torch/csrc/stable/library.h>
 
+#include "aggregate_attention.h"
+#include "aggregate_attention_kernels.cuh"
 #include "aggregation_weights.h"
-#include "fused_attention.h"
-#include "fused_attention_kernels.cuh"
 #include "ops.h"
 #include "sum_splits.h"
 
@@ -20,15 +20,15 @@ std::tuple<Tensor, Tensor> fused(const char* op, const Tensor& qkv, const Aggreg
   int largest = 0;
   for (size_t s = 0; s < weights.scales(); ++s) largest = std::max(largest, weights.size(s));
   // One plan for all scales, which share the splits of the states.
-  const FusedAttentionPlan plan =
-      plan_fused_attention(qkv.size(2), qkv.size(3), static_cast<int>(head_dim), largest, launch.device());
+  const AggregateAttentionPlan plan =
+      plan_aggregate_attention(qkv.size(2), qkv.size(3), static_cast<int>(head_dim), largest, launch.device());
   EVK_CHECK(plan.state.warps > 0 && plan.apply.warps > 0, op, "the GPU", "of at least 64 KB of shared memory per block",
             launch.device().max_shared_per_block);
   const auto floats = [](Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
   Tensor state = empty_floats(qkv, {batch, groups, head_dim + 1, head_dim});
   Tensor states = plan.splits == 1 ? state : empty_floats(qkv, {batch, groups, plan.splits, head_dim + 1, head_dim});
 
-  FusedAttentionArgs args{};
+  AggregateAttentionArgs args{};
   args.qkv = image_of(qkv);
   args.out = image_of(out);
   args.access = access_of_rows({args.qkv}, 2);
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> fused(const char* op, const Tensor& qkv, const Aggreg
   args.height = static_cast<int>(qkv.size(2));
   args.width = static_cast<int>(qkv.size(3));
   args.eps = static_cast<float>(eps);
-  const auto run = [&](FusedAttentionKernels::Kernel FusedAttentionKernels::* kernel, const AggregatePlan& tile,
+  const auto run = [&](AggregateAttentionKernels::Kernel AggregateAttentionKernels::* kernel, const AggregatePlan& tile,
                        int64_t tiles_per_block, auto shared_bytes) {
     args.tiles_x = tile.tiles_x;
     args.tiles = tile.tiles;
@@ -53,15 +53,15 @@ std::tuple<Tensor, Tensor> fused(const char* op, const Tensor& qkv, const Aggreg
       args.first_group = heads * (1 + static_cast<int64_t>(s));
       const int64_t blocks = args.aggregated * (s == 0 ? 2 : 1);
       EVK_CHECK(blocks < INT32_MAX, op, "B * heads * H * W", "fewer, so that there are less than 2^31 blocks", blocks);
-      const FusedAttentionKernels kernels = qkv.scalar_type() == ScalarType::Half
-                                                ? fused_attention_fp16(head_dim, weights.size(s))
-                                                : fused_attention_bf16(head_dim, weights.size(s));
+      const AggregateAttentionKernels kernels = qkv.scalar_type() == ScalarType::Half
+                                                    ? aggregate_attention_fp16(head_dim, weights.size(s))
+                                                    : aggregate_attention_bf16(head_dim, weights.size(s));
       launch(kernels.*kernel, blocks, 32 * tile.warps,
              shared_bytes(tile.rows, tile.cols, static_cast<int>(head_dim), weights.size(s)), args);
     }
   };
   args.splits = plan.splits;
-  run(&FusedAttentionKernels::state, plan.state, plan.tiles_per_split, fused_state_shared_bytes);
+  run(&AggregateAttentionKernels::state, plan.state, plan.tiles_per_split, aggregate_state_shared_bytes);
   if (plan.sums_splits) {
     sum_splits(launch, floats(states), floats(state), batch * groups, plan.splits, (head_dim + 1) * head_dim);
   }
@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor> fused(const char* op, const Tensor& qkv, const Aggreg
   args.states = floats(added_up ? state : states);
   args.splits = added_up ? 1 : plan.splits;
   args.state = added_up ? nullptr : floats(state);
-  run(&FusedAttentionKernels::apply, plan.apply, 1, fused_apply_shared_bytes);
+  run(&AggregateAttentionKernels::apply, plan.apply, 1, aggregate_apply_shared_bytes);
   return {out, state};
 }
 
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> aggregate_attention_fwd(Tensor qkv, Tensors depthwise
   const AggregationWeights weights(op, qkv, head_dim, depthwise_weights, pointwise_weights, depthwise_biases,
                                    pointwise_biases);
   const int bytes = qkv.scalar_type() == ScalarType::Float ? 4 : 2;
-  if (weights.scales() > 0 && qkv.numel() > 0 && has_fused_attention(head_dim, bytes)) {
+  if (weights.scales() > 0 && qkv.numel() > 0 && has_aggregate_attention(head_dim, bytes)) {
     count_call();
     return fused(op, qkv, weights, head_dim, eps, channels_last);
   }

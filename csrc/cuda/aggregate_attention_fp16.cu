@@ -1,0 +1,9 @@
+#include "aggregate_attention_table.cuh"
+
+namespace efficientvit_kernels::cuda {
+
+AggregateAttentionKernels aggregate_attention_fp16(int64_t head_dim, int64_t size) {
+  return aggregate_attention_kernels<__half>(head_dim, size);
+}
+
+}  // namespace efficientvit_kernels::cuda
