@@ -83,7 +83,7 @@ _ATTENTION: dict[tuple[str, str, int], tuple[_Row, ...]] = {
     ("grad_state", "tf32", 64): ((inf, 16, 64, 8, 1),),
     ("grad_state", "tf32", 128): ((inf, 16, 64, 8, 1),),
     ("grad_state", "tf32", 256): ((inf, 16, 16, 8, 1),),
-    ("grad_state", "ieee", 16): ((inf, 32, 16, 4, 2),),
+    ("grad_state", "ieee", 16): ((inf, 32, 16, 4, 2, 168),),
     ("grad_state", "ieee", 32): ((inf, 32, 32, 8, 1),),
     ("grad_state", "ieee", 64): ((inf, 16, 64, 8, 1),),
     ("grad_state", "ieee", 128): ((inf, 16, 32, 8, 1),),
@@ -107,6 +107,8 @@ _ATTENTION: dict[tuple[str, str, int], tuple[_Row, ...]] = {
 # Where the row above does not serve an architecture.
 _OF_ARCH: dict[tuple[str, str, str, int], tuple[_Row, ...]] = {
     ("sm_100", "grad_kv", "half", 32): ((inf, 32, 32, 4, 3),),
+    ("sm_120", "grad_state", "ieee", 16): ((inf, 32, 16, 4, 2, MAX_REGISTERS),),
+    ("sm_120", "grad_state", "ieee", 64): ((inf, 16, 32, 8, 1),),
 }
 MAX_HEAD_DIM = 256
 

@@ -127,6 +127,9 @@ def grad_state_kernel(
     p_state = state + i_group * (D + 1) * D
     z = last_rows_sum(p_state, o_d, 1, D)
     TWO_PARTS: tl.constexpr = qkv.dtype.element_ty != tl.float32
+    # The difference in grad_q cancels where a denominator is tiny: then an error of KV^T dnum cancels as it does
+    # itself, but one of the quotient does not.
+    WIDE: tl.constexpr = tl.float64 if PRECISION == "ieee" else tl.float32
     kv = sum_of_splits(p_state, o_block, o_d, 1, D)  # all of KV where it is one block
     high = rounded(kv, PRECISION)
     low = remainder(kv, high, PRECISION)
@@ -141,14 +144,14 @@ def grad_state_kernel(
         m_n = (o_n < stop)[None, :]
         m_d = (o_d < D)[:, None] & m_n
         q = relu(load(p_q[:, None] + token_offsets(o_n, width, stride_h, stride_w, FLAT)[None, :], m_d))
-        q_wide = q.to(tl.float32)
+        q_wide = q.to(WIDE)
         if ROW_BLOCKS > 1:  # z would fill registers through the loop over the blocks
             z = last_rows_sum(p_state, o_d, 1, D)
         # Beyond the tokens den would be eps, which may be 0, and 0 / 0 spoil the sums.
-        den = tl.where(m_n, (tl.sum(q_wide * z[:, None], axis=0) + eps)[None, :], 1.0)
+        den = tl.where(m_n, (tl.sum(q_wide * z[:, None].to(WIDE), axis=0) + eps)[None, :], 1.0)
         out_offsets = token_offsets(o_n, width, stride_out_h, stride_out_w, OUT_FLAT)[None, :]
         p = p_out + o_r[:, None].to(tl.int64) * stride_out_c + out_offsets
-        own_num = rounded(load(p, (o_r < D)[:, None] & m_n).to(tl.float32) / den, PRECISION)  # [R, N]
+        own_num = rounded(load(p, (o_r < D)[:, None] & m_n).to(tl.float32) / den.to(tl.float32), PRECISION)  # [R, N]
         grad_q = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
         for c in range(0, D, BLOCK_R):
             grad_num = own_num
@@ -158,7 +161,7 @@ def grad_state_kernel(
                 high = rounded(kv, PRECISION)
                 low = remainder(kv, high, PRECISION)
                 p = p_out + o_c[:, None].to(tl.int64) * stride_out_c + out_offsets
-                grad_num = rounded(load(p, (o_c < D)[:, None] & m_n).to(tl.float32) / den, PRECISION)
+                grad_num = rounded(load(p, (o_c < D)[:, None] & m_n).to(tl.float32) / den.to(tl.float32), PRECISION)
             grad_q = tl.dot(tl.trans(high), grad_num, grad_q, input_precision=PRECISION)  # [D, N]
             if TWO_PARTS:
                 grad_q = tl.dot(tl.trans(low), grad_num, grad_q, input_precision=PRECISION)
@@ -167,10 +170,11 @@ def grad_state_kernel(
             z = last_rows_sum(p_state, o_d, 1, D)
             if D < BLOCK_D:  # as does q, beside the masks of what is padded
                 p = p_q[:, None] + token_offsets(o_n, width, stride_h, stride_w, FLAT)[None, :]
-                q_wide = relu(tl.load(p, mask=m_d, other=0.0, volatile=True).to(tl.float32))
-        grad_den = -tl.sum(q_wide * grad_q, axis=0)[None, :] / den
-        grad_z += tl.sum(q_wide * grad_den, axis=1)
-        grad_q = tl.where(q_wide <= 0, 0.0, grad_q + z[:, None] * grad_den)
+                q_wide = relu(tl.load(p, mask=m_d, other=0.0, volatile=True).to(WIDE))
+        grad_den = -tl.sum(q_wide * grad_q.to(WIDE), axis=0)[None, :] / den
+        grad_z += tl.sum(q_wide.to(tl.float32) * grad_den.to(tl.float32), axis=1)
+        difference = (grad_q.to(WIDE) + z[:, None].to(WIDE) * grad_den).to(tl.float32)
+        grad_q = tl.where(q_wide <= 0, 0.0, difference)
         p = p_grad_q[:, None] + (o_n.to(tl.int64) * stride_grad_n)[None, :]
         tl.store(p, narrowed(grad_q, grad_qkv.dtype.element_ty), mask=(o_d + i_r * BLOCK_D < D)[:, None] & m_n)
     p_grads = grad_states + ((i_b * heads + i_head) * splits + i_split) * (D + 1) * D

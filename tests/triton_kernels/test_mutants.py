@@ -24,7 +24,7 @@ CHOSEN = {
         "kv_state_kernel: loop: tl.minimum(start + split_tokens, tokens)",
         "apply_kernel: strides: stride_b ... stride_c",
         "apply_kernel: eps: den + eps",
-        "grad_state_kernel: relu: tl.where(q_wide <= 0, 0.0, grad_q + z[:, None] * grad_den)",
+        "grad_state_kernel: relu: tl.where(q_wide <= 0, 0.0, difference)",
         "grad_kv_kernel: rounding: remainder(columns, high, PRECISION)",
         "grad_kv_kernel: index: (D + o_r).to(tl.int64)",
     ],

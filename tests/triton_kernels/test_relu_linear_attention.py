@@ -24,6 +24,7 @@ SMALL = [
     for sample in SAMPLES
     if sample.batch * sample.heads * sample.scales <= 8 and sample.tokens <= 260 and sample.head_dim <= 65
 ]
+TINY_DENOMINATORS = [s for s in SMALL if str(s).startswith(("b2h2d2_9x7_s1_nchw", "b1h2d8_1x129_s1_nchw"))]
 WIDE = [  # several blocks of rows of the state, several splits of the tokens, more than a reader adds up itself
     Sample(1, 1, 96, 5, 7),
     Sample(2, 1, 112, 4, 9, layout="channels_last"),
@@ -34,7 +35,7 @@ WIDE = [  # several blocks of rows of the state, several splits of the tokens, m
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sample", [*SMALL[::3], *WIDE], ids=str)
+@pytest.mark.parametrize("sample", [*SMALL[::3], *TINY_DENOMINATORS, *WIDE], ids=str)
 def test_rule_t(sample: Sample, dtype: torch.dtype) -> None:
     before = triton_launches()
     verdicts = judge(sample.make(dtype), sample.head_dim, sample.eps, "triton")
