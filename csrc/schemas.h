@@ -14,6 +14,10 @@
   "Tensor[] pointwise_weights, Tensor[] depthwise_biases, int head_dim, bool needs_qkv, bool needs_weights, " \
   "bool needs_biases) -> Tensor[]"
 // Parts of lite_mla on CUDA, for the library's own use.
+#define EVK_MULTISCALE_AGGREGATE_BWD_ADD                                                                         \
+  "multiscale_aggregate_bwd_add(Tensor[] grad_outs, Tensor qkv, Tensor[] depthwise_weights, "                    \
+  "Tensor[] pointwise_weights, Tensor[] depthwise_biases, int head_dim, bool needs_weights, bool needs_biases, " \
+  "Tensor(a!) grad_qkv) -> Tensor[]"
 #define EVK_AGGREGATE_ATTENTION_FWD                                                                                 \
   "aggregate_attention_fwd(Tensor qkv, Tensor[] depthwise_weights, Tensor[] pointwise_weights, "                    \
   "Tensor[] depthwise_biases, Tensor[] pointwise_biases, int head_dim, float eps, bool channels_last) -> (Tensor, " \

@@ -20,6 +20,15 @@ Tensor empty_like_weight(const Tensor& weight) {
   return torch::stable::empty(sizes, weight.scalar_type(), std::nullopt, weight.device());
 }
 
+void check_like(const char* op, const char* arg, const Tensor& t, const Tensor& qkv) {
+  EVK_CHECK(on_device(t) && t.get_device_index() == qkv.get_device_index() && t.scalar_type() == qkv.scalar_type() &&
+                t.dim() == 4,
+            op, arg, "a rank-4 GPU tensor of qkv's dtype", "another tensor");
+  for (int64_t axis = 0; axis < 4; ++axis) {
+    EVK_CHECK(t.size(axis) == qkv.size(axis), op, arg, "of qkv's shape", "another shape");
+  }
+}
+
 // Checked inputs, and launches over them.
 class Aggregation {
  public:
@@ -48,12 +57,12 @@ class Aggregation {
     return outs;
   }
 
-  // [grad_qkv], and of every scale the gradients of depthwise and pointwise weights and biases, as they are wanted.
-  std::vector<Tensor> backward(const Launcher& launch, const std::vector<Tensor>& grad_outs, bool needs_qkv,
-                               bool needs_weights, bool needs_biases) const {
-    std::optional<Tensor> grad_qkv, between[2];
-    if (needs_qkv) grad_qkv = empty_image(qkv_, qkv_.size(1));
-    if (needs_qkv && scales() == 0) torch::stable::zero_(*grad_qkv);
+  // grad_qkv, where it is wanted, into a tensor, or added to what that holds; of every scale the gradients of depthwise
+  // and pointwise weights and biases, as they are wanted.
+  std::vector<Tensor> backward(const Launcher& launch, const std::vector<Tensor>& grad_outs, const Tensor* grad_qkv,
+                               bool adds, bool needs_weights, bool needs_biases) const {
+    const bool needs_qkv = grad_qkv != nullptr;
+    std::optional<Tensor> between[2];
     std::vector<Tensor> grads[4];
     for (size_t s = 0; s < scales(); ++s) {
       const int64_t channels[] = {qkv_.size(1)};
@@ -67,7 +76,7 @@ class Aggregation {
       if (empty()) continue;
       const AggregateGradPlan plan = plan_aggregate_grad(
           qkv_.size(0), qkv_.size(2), qkv_.size(3), static_cast<int>(head_dim_), size(s), bytes(), launch.device());
-      AggregateArgs args = args_for(s, plan, grad_outs[s], needs_qkv ? &*grad_qkv : nullptr);
+      AggregateArgs args = args_for(s, plan, grad_outs[s], grad_qkv);
       args.needs_qkv = needs_qkv;
       args.tasks_per_run = plan.tasks_per_run;
       // What several scales give to grad_qkv is summed in float32, and rounded once.
@@ -76,6 +85,7 @@ class Aggregation {
         between[s % 2] = empty_floats(qkv_, {qkv_.numel()});
         args.grads_after = static_cast<float*>(between[s % 2]->mutable_data_ptr());
       }
+      args.adds = adds && s + 1 == scales();
       const int columns = sums_columns(static_cast<int>(head_dim_), size(s));
       std::optional<Tensor> sums;
       if (needs_weights || needs_biases) {
@@ -92,7 +102,6 @@ class Aggregation {
       torch::stable::zero_(grads[2][s]), torch::stable::zero_(grads[3][s]);
     }
     std::vector<Tensor> results;
-    if (needs_qkv) results.push_back(*grad_qkv);
     for (const auto& list : grads) results.insert(results.end(), list.begin(), list.end());
     return results;
   }
@@ -154,24 +163,41 @@ class Aggregation {
   AggregationWeights weights_;
 };
 
-std::vector<Tensor> multiscale_aggregate_bwd(std::vector<Tensor> grad_outs, Tensor qkv,
-                                             std::vector<Tensor> depthwise_weights,
-                                             std::vector<Tensor> pointwise_weights,
-                                             std::vector<Tensor> depthwise_biases, int64_t head_dim, bool needs_qkv,
-                                             bool needs_weights, bool needs_biases) {
-  const char* op = "multiscale_aggregate_bwd";
-  const Aggregation aggregation(op, qkv, head_dim, depthwise_weights, pointwise_weights, depthwise_biases, {});
+// The checked arguments of a backward.
+Aggregation backward_of(const char* op, const Tensors& grad_outs, const Tensor& qkv, const Tensors& depthwise_weights,
+                        const Tensors& pointwise_weights, const Tensors& depthwise_biases, int64_t head_dim) {
+  Aggregation aggregation(op, qkv, head_dim, depthwise_weights, pointwise_weights, depthwise_biases, {});
   EVK_CHECK(grad_outs.size() == depthwise_weights.size(), op, "grad_outs", "one for each scale", "another count");
-  for (const Tensor& grad : grad_outs) {
-    EVK_CHECK(on_device(grad) && grad.get_device_index() == qkv.get_device_index() &&
-                  grad.scalar_type() == qkv.scalar_type() && grad.dim() == 4,
-              op, "grad_outs", "rank-4 GPU tensors of qkv's dtype", "another tensor");
-    for (int64_t axis = 0; axis < 4; ++axis) {
-      EVK_CHECK(grad.size(axis) == qkv.size(axis), op, "grad_outs", "of qkv's shape", "another shape");
-    }
-  }
+  for (const Tensor& grad : grad_outs) check_like(op, "grad_outs", grad, qkv);
+  return aggregation;
+}
+
+// [grad_qkv], then the gradients of the weights, see Aggregation::backward.
+Tensors multiscale_aggregate_bwd(Tensors grad_outs, Tensor qkv, Tensors depthwise_weights, Tensors pointwise_weights,
+                                 Tensors depthwise_biases, int64_t head_dim, bool needs_qkv, bool needs_weights,
+                                 bool needs_biases) {
+  const Aggregation aggregation = backward_of("multiscale_aggregate_bwd", grad_outs, qkv, depthwise_weights,
+                                              pointwise_weights, depthwise_biases, head_dim);
   count_call();
-  return aggregation.backward(Launcher(qkv), grad_outs, needs_qkv, needs_weights, needs_biases);
+  const Launcher launch(qkv);
+  if (!needs_qkv) return aggregation.backward(launch, grad_outs, nullptr, false, needs_weights, needs_biases);
+  Tensor grad_qkv = empty_image(qkv, qkv.size(1));
+  if (grad_outs.empty()) torch::stable::zero_(grad_qkv);
+  Tensors grads = aggregation.backward(launch, grad_outs, &grad_qkv, false, needs_weights, needs_biases);
+  grads.insert(grads.begin(), grad_qkv);
+  return grads;
+}
+
+// The same with grad_qkv added to what a tensor holds; returns the gradients of the weights.
+Tensors multiscale_aggregate_bwd_add(Tensors grad_outs, Tensor qkv, Tensors depthwise_weights,
+                                     Tensors pointwise_weights, Tensors depthwise_biases, int64_t head_dim,
+                                     bool needs_weights, bool needs_biases, Tensor grad_qkv) {
+  const char* op = "multiscale_aggregate_bwd_add";
+  const Aggregation aggregation =
+      backward_of(op, grad_outs, qkv, depthwise_weights, pointwise_weights, depthwise_biases, head_dim);
+  check_like(op, "grad_qkv", grad_qkv, qkv);
+  count_call();
+  return aggregation.backward(Launcher(qkv), grad_outs, &grad_qkv, true, needs_weights, needs_biases);
 }
 
 }  // namespace
@@ -191,4 +217,5 @@ std::vector<Tensor> multiscale_aggregate_fwd(Tensor qkv, std::vector<Tensor> dep
 EVK_CUDA_LIBRARY_IMPL(m) {
   m.impl("multiscale_aggregate_fwd", TORCH_BOX(&efficientvit_kernels::cuda::multiscale_aggregate_fwd));
   m.impl("multiscale_aggregate_bwd", TORCH_BOX(&efficientvit_kernels::cuda::multiscale_aggregate_bwd));
+  m.impl("multiscale_aggregate_bwd_add", TORCH_BOX(&efficientvit_kernels::cuda::multiscale_aggregate_bwd_add));
 }

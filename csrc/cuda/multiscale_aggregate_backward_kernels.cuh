@@ -250,6 +250,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && (K == 3 || (K == 5
     load_halo<D>(tile.grad, Channels<T>(args.out, batch, first), window, args.access,
                  [](int c) { return plane_of<D>(c); });
     load_halo<kChunk>(tile.x, Channels<T>(args.qkv, batch, own_first), window, args.access, natural);
+    if (args.adds) {
+      const Halo<T> held{tile.staged, args.rows, args.cols, 0, 0, tile.staged_plane};
+      load_halo<kChunk>(held, Channels<T>(args.grad_qkv, batch, own_first), window, args.access, natural);
+    }
     __syncthreads();
     if constexpr (kFp32) {
       compute_middle_fp32(tile, window);
@@ -306,6 +310,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && (K == 3 || (K == 5
         }
       }
       T* staged = tile.staged + channel * tile.staged_plane + segment * kPixels;
+      if (args.adds) {
+        float held[kPixels];
+        load_row<kPixels, 1>(held, staged);
+#pragma unroll
+        for (int i = 0; i < kPixels; ++i) grad[i] += held[i];
+      }
       if constexpr (kFp32) {
 #pragma unroll
         for (int i = 0; i < kPixels; ++i) staged[i] = grad[i];

@@ -28,6 +28,7 @@ struct AggregateArgs {
   int height, width, rows, cols;  // of an image, of a tile
   Access access;                  // to rows of pixels
   bool needs_qkv;
+  bool adds;  // to what grad_qkv holds, before it is rounded
 };
 
 // The tile of a task, and the rows of the weights that go with a part.

@@ -93,12 +93,8 @@ def _aggregate(qkv: Tensor, *arguments: Any) -> list[Tensor]:
 
 
 def _aggregation_grads(grad_scales: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
-    *inputs, needs_weights, needs_biases, addend = arguments
-    if not grad_scales:
-        return [addend]
-    backward = registered("multiscale_aggregate", "bwd", "cuda")
-    grad_qkv, *rest = backward(grad_scales, *inputs, True, needs_weights, needs_biases)
-    return [addend.add_(grad_qkv), *rest]
+    grad_qkv = arguments[-1]
+    return [grad_qkv, *_native_ops().multiscale_aggregate_bwd_add(grad_scales, *arguments)]
 
 
 _KERNELS = Kernels(_aggregate, _attend, _attention_grads, _aggregation_grads)

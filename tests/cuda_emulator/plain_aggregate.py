@@ -26,7 +26,7 @@ class Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("type", "layout", "far", "batch", "channels", "height", "width")),
         *((name, ctypes.c_int64) for name in ("head_dim", "scales", "biases")),
-        *((name, ctypes.c_int64) for name in ("needs_qkv", "needs_weights", "needs_biases")),
+        *((name, ctypes.c_int64) for name in ("needs_qkv", "needs_weights", "needs_biases", "adds")),
         ("sizes", ctypes.c_int64 * MOST),
         ("qkv", ctypes.c_void_p),
         *(
@@ -53,6 +53,7 @@ class Sample:
     heads: int = 1
     biases: bool = True
     needs: tuple[bool, bool, bool] = (True, True, True)  # qkv, weights, biases
+    adds: bool = False  # grad_qkv to what is there
     values: str = "random"  # or "integers", of which every sum is exact; "special": NaN and infinities among them
 
     @property
@@ -91,6 +92,7 @@ class Expected:
     grad_outs: list[Tensor]
     truth: Arguments
     base: Arguments
+    addend: Tensor
 
 
 @cache
@@ -101,7 +103,11 @@ def expected(sample: Sample) -> Expected:
     if sample.values == "special":
         base = results(partial(reference.multiscale_aggregate), arguments)
     outs = {name: out for name, out in base.items() if name.startswith("out")}
-    return Expected(arguments, grad_outs_like(outs, sample.dtype), truth, base)
+    addend = arguments["qkv"].flip(1).contiguous()
+    if sample.adds:
+        truth["grad_qkv"] = truth["grad_qkv"] + addend.double()
+        base["grad_qkv"] = base["grad_qkv"] + addend
+    return Expected(arguments, grad_outs_like(outs, sample.dtype), truth, base, addend)
 
 
 def run(library: ctypes.CDLL, sample: Sample, *, far: bool = False) -> dict[str, Tensor]:
@@ -111,6 +117,7 @@ def run(library: ctypes.CDLL, sample: Sample, *, far: bool = False) -> dict[str,
     shape, scales = arguments["qkv"].shape, range(len(sample.kernels))
     call = Call(TYPES[sample.dtype], LAYOUTS.index(sample.layout), far, *shape, sample.head_dim, len(scales))
     call.biases, (call.needs_qkv, call.needs_weights, call.needs_biases) = sample.biases, sample.needs
+    call.adds = sample.adds
     call.qkv = arguments["qkv"].data_ptr()
     found = {f"out[{s}]": torch.empty(shape, dtype=sample.dtype) for s in scales}
     for s in scales:
@@ -121,7 +128,7 @@ def run(library: ctypes.CDLL, sample: Sample, *, far: bool = False) -> dict[str,
                 getattr(call, name)[s] = arguments[name][s].data_ptr()
     wanted = [("depthwise_weights", weights), ("pointwise_weights", weights)]
     wanted += [("depthwise_biases", biases), ("pointwise_biases", biases)]
-    grads = {"grad_qkv": torch.empty_like(arguments["qkv"])} if qkv else {}
+    grads = {"grad_qkv": known.addend.clone()} if qkv else {}
     for name, needed in wanted:
         if needed:
             grads |= {f"grad_{name}[{s}]": torch.empty_like(arguments[name][s]) for s in scales}
@@ -152,6 +159,7 @@ def check(library: ctypes.CDLL, sample: Sample, order: str, *, far: bool = False
 QUICK = [
     Sample(HALF, 16, 9, 14, (3,)),  # rows that are not aligned
     Sample(HALF, 16, 5, 16, (3, 3, 3), values="integers"),  # aligned rows; sums over scales
+    Sample(HALF, 16, 5, 16, (3, 3), adds=True),
     Sample(HALF, 16, 7, 9, (3,), "channels_last", biases=False, needs=(True, True, False)),
 ]
 MORE = [
@@ -164,10 +172,11 @@ MORE = [
     Sample(HALF, 16, 5, 7, (3,), biases=False, needs=(True, True, False), values="special"),
     Sample(HALF, 8, 6, 5, (7,), batch=35),  # several tiles in a run
     Sample(HALF, 8, 20, 24, (7,), batch=1, heads=2),
+    Sample(HALF, 8, 20, 23, (7,), "channels_last", batch=1, adds=True),
     Sample(HALF, 64, 9, 16, (5,), batch=1),
     Sample(FLOAT, 16, 9, 12, (5, 5)),
     Sample(FLOAT, 16, 5, 7, (5,), "channels_last", values="integers"),
-    Sample(FLOAT, 16, 18, 21, (5,), "sliced", batch=1),
+    Sample(FLOAT, 16, 18, 21, (5,), "sliced", batch=1, adds=True),
     Sample(FLOAT, 16, 6, 8, (5,), biases=False, needs=(True, True, False), values="special"),
 ]
 # Elements more than 2^31 apart, of inputs and results.

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from efficientvit_kernels import multiscale_aggregate, reference
+from efficientvit_kernels.ops import _cuda_lite_mla
 from efficientvit_kernels.ops._backends import CUDA_HEAD_DIMS, CUDA_KERNEL_SIZES, registered
 from tests.cuda_emulator.ops import cuda_calls
 from tests.ops.aggregate_samples import SAMPLES, Sample, judge, run
@@ -164,3 +165,35 @@ def test_one_pixel_reaches_its_neighbourhood_alone(backend: str, dtype: torch.dt
     for name in ("out[0]", "grad_depthwise_weights[0]", "grad_qkv"):
         assert torch.equal(ours[name].isnan(), expected[name].isnan()), name
         assert torch.equal(ours[name].isinf(), expected[name].isinf()), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced", "offset"])
+@pytest.mark.parametrize(
+    "sample", [Sample(2, 1, 16, 9, 24, kernels=(5,)), Sample(2, 1, 8, 7, 9, kernels=(3, 7))], ids=str
+)
+def test_gradient_added_to_what_is_there(backend: str, sample: Sample, layout: str, dtype: torch.dtype) -> None:
+    """Rounded once: with float32 sums that are known, the bits are those of their rounded sum."""
+    arguments = integers(sample.make(dtype))
+    placed = on_device(arguments, backend)
+    generator = torch.Generator().manual_seed(1)
+    shape = arguments["qkv"].shape
+    grads = [torch.randint(-2, 3, shape, generator=generator).to(placed["qkv"]) for _ in sample.kernels]
+    held = torch.randn(shape, generator=generator).to(dtype)
+    names = ("qkv", "depthwise_weights", "pointwise_weights")
+    rest = ([], sample.head_dim)
+
+    def in_float(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+        return value.float() if isinstance(value, torch.Tensor) else [tensor.float() for tensor in value]
+
+    whole = [in_float(grads), *(in_float(placed[name]) for name in names)]
+    grad_qkv = registered("multiscale_aggregate", "bwd", backend)(*whole, *rest, True, False, False)[0]
+    found = as_layout(held.clone(), layout).to(placed["qkv"].device)
+    ops = _cuda_lite_mla._native_ops()
+    weights = ops.multiscale_aggregate_bwd_add(grads, *(placed[name] for name in names), *rest, True, False, found)
+    assert torch.equal(found.cpu(), (grad_qkv.cpu() + held.float()).to(dtype))
+    expected = registered("multiscale_aggregate", "bwd", backend)(
+        grads, *(placed[name] for name in names), *rest, False, True, False
+    )
+    for ours, theirs in zip(weights, expected, strict=True):
+        assert torch.equal(ours, theirs)

@@ -44,6 +44,7 @@ constexpr int kMost = 4;  // scales
 struct Call {
   int64_t type, layout, far_outputs, batch, channels, height, width, head_dim, scales, biases;
   int64_t needs_qkv, needs_weights, needs_biases;
+  int64_t adds;  // grads[0] holds what the gradient of qkv is added to
   int64_t sizes[kMost];
   const void* qkv;
   const void *depthwise[kMost], *pointwise[kMost], *depthwise_bias[kMost], *pointwise_bias[kMost], *grad_outs[kMost];
@@ -75,9 +76,16 @@ void run(const Call& call) {
   }
   const auto outs = cuda::multiscale_aggregate_fwd(qkv, depthwise, pointwise, biases[0], biases[1], call.head_dim);
   for (size_t s = 0; s < outs.size(); ++s) outs[s].copy_to(call.outs[s]);
-  const auto grads =
-      cuda::multiscale_aggregate_bwd(grad_outs, qkv, depthwise, pointwise, biases[0], call.head_dim,
-                                     call.needs_qkv != 0, call.needs_weights != 0, call.needs_biases != 0);
+  std::vector<Tensor> grads;
+  if (call.adds != 0) {
+    const Tensor grad_qkv = placed(call.grads[0]);
+    grads = cuda::multiscale_aggregate_bwd_add(grad_outs, qkv, depthwise, pointwise, biases[0], call.head_dim,
+                                               call.needs_weights != 0, call.needs_biases != 0, grad_qkv);
+    grads.insert(grads.begin(), grad_qkv);
+  } else {
+    grads = cuda::multiscale_aggregate_bwd(grad_outs, qkv, depthwise, pointwise, biases[0], call.head_dim,
+                                           call.needs_qkv != 0, call.needs_weights != 0, call.needs_biases != 0);
+  }
   for (size_t i = 0; i < grads.size(); ++i) grads[i].copy_to(call.grads[i]);
 }
 
