@@ -2,7 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "aggregate_attention.h"
-#include "aggregate_attention_kernels.cuh"
+#include "aggregate_attention_state_kernels.cuh"
 #include "aggregation_weights.h"
 #include "ops.h"
 #include "sum_splits.h"

@@ -1,4 +1,4 @@
-// The kernels between the products of lite_mla; see aggregate_attention_kernels.cuh.
+// The kernels between the products of lite_mla; see aggregate_attention_state_kernels.cuh.
 #pragma once
 
 #include "aggregate_plan.h"

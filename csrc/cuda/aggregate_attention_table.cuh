@@ -2,7 +2,7 @@
 #pragma once
 
 #include "aggregate_attention.h"
-#include "aggregate_attention_kernels.cuh"
+#include "aggregate_attention_apply_kernels.cuh"
 
 namespace efficientvit_kernels::cuda {
 

@@ -1,5 +1,5 @@
-// relu_linear_attention for float32 storage: the kernels of relu_linear_attention_kernels.cuh with IEEE float32
-// products, which the matrix units do not have. At D <= 32 they do fewer FLOPs per byte than the fp32 units have to
+// relu_linear_attention for float32 storage: the same kernels as for 16 bits, with IEEE float32 products, which the
+// matrix units do not have. At D <= 32 they do fewer FLOPs per byte than the fp32 units have to
 // spare (8 forward, 11 backward, of 14 on an H200).
 //
 // Tiles of tokens lie in shared memory, [token][channel] with a pad. Sums over tokens: every thread owns a patch of the
@@ -100,15 +100,9 @@ __global__ void __launch_bounds__(kThreads, 2) kv_state_fp32_kernel(ReluLinearAt
 template <int D>
 __global__ void __launch_bounds__(kThreads, 2) apply_fp32_kernel(ReluLinearAttentionArgs args) {
   EVK_DYNAMIC_SHARED(shared);
-  constexpr int kNumel = (D + 1) * D;
   float* kv = reinterpret_cast<float*>(shared);  // [D + 1, D]
   const Place place(args);
-  const float* states = args.states + place.pair(args) * args.splits * kNumel;
-  float* state = args.state != nullptr && place.block == 0 ? args.state + place.pair(args) * kNumel : nullptr;
-  for (int e = threadIdx.x; e < kNumel; e += blockDim.x) {
-    kv[e] = sum_of_splits(states, args.splits, kNumel, e);
-    if (state != nullptr) state[e] = kv[e];
-  }
+  add_up_splits<D>(args, place, args.state, [=](int e, float sum) { kv[e] = sum; });
   __syncthreads();
 
   const Plane<float> q_plane = part_of<float>(args.qkv[place.scale], place, D, 0);
@@ -240,13 +234,11 @@ __global__ void __launch_bounds__(kThreads, 2) grad_state_fp32_kernel(ReluLinear
 template <int D>
 __global__ void __launch_bounds__(kThreads, 2) grad_kv_fp32_kernel(ReluLinearAttentionArgs args) {
   EVK_DYNAMIC_SHARED(shared);
-  constexpr int kNumel = (D + 1) * D;
   float* grad_state = reinterpret_cast<float*>(shared);  // [D + 1, D]
-  float* k = grad_state + kNumel;
+  float* k = grad_state + (D + 1) * D;
   float* v = k + kTileTokensFp32 * kPitch<D>;
   const Place place(args);
-  const float* states = args.states + place.pair(args) * args.splits * kNumel;
-  for (int e = threadIdx.x; e < kNumel; e += blockDim.x) grad_state[e] = sum_of_splits(states, args.splits, kNumel, e);
+  add_up_splits<D>(args, place, nullptr, [=](int e, float sum) { grad_state[e] = sum; });
   const Plane<float> k_plane = part_of<float>(args.qkv[place.scale], place, D, 1);
   const Plane<float> v_plane = part_of<float>(args.qkv[place.scale], place, D, 2);
   const Plane<float> grad_k_plane = part_of<float>(args.grad_qkv[place.scale], place, D, 1);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "relu_linear_attention.h"
-#include "relu_linear_attention_kernels.cuh"
+#include "relu_linear_attention_backward_kernels.cuh"
 
 namespace efficientvit_kernels::cuda {
 

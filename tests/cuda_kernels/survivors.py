@@ -21,19 +21,15 @@ EXAMINED = 5
 
 # These compute the same.
 EQUIVALENT: dict[str, dict[str, str]] = {
-    "aggregate_attention_kernels.cuh": {
+    "aggregate_attention_state_kernels.cuh": {
         "bound off by one: for (int e = threadIdx.x; e < kTiles * 16 * D; e += blockDim.x) { [< -> <=]": "the same "
         "thread writes the first tap there, later",
         "bound off by one: weight[e] = o < D ? __float_as_uint(value_of(pointwise + (k_first + o) * D + c)) : 0u; "
         "[< -> <=]": ROWS_OF_D8,
-        "condition dropped: const uint32_t low = rows[2 * tile][step], high = D > 8 ? rows[2 * tile + 1][step] : 0; "
-        "[D > 8 -> true]": ROWS_OF_D8,
         "condition dropped: for (int half = 0; half < (D > 8 ? 2 : 1); ++half) { [D > 8 -> true] #2": ROWS_OF_D8,
         "condition dropped: for (int i = 0; i < 8; ++i) rows[half][j][i] = window.shows(row, column + i) ? "
         "to_tf32(sums[i]) : 0u; [window.shows(row, column + i) -> true]": "v beyond the image meets k, which is 0 "
         "there; NaN or inf reaches it from neighbours that spoil the same row of the state",
-        "condition dropped: float* state = args.state != nullptr && place.block == 0 ? args.state + place.pair(args) * "
-        "kNumel : nullptr; [place.block == 0 -> true]": "every block stores the same state",
     },
     "multiscale_aggregate_backward_kernels.cuh": {
         "bound off by one: for (int e = threadIdx.x; e < pixels; e += blockDim.x) { [< -> <=]": "one pixel more, "
@@ -59,6 +55,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "[window.shows(row, column + pixel) -> true]": "grad_out is 0 there; a P that is not finite spoils every pixel",
     },
     "operands.cuh": {
+        "condition dropped: float* state = sums != nullptr && block.block == 0 ? sums + block.pair(args) * kNumel : "
+        "nullptr; [block.block == 0 -> true]": "every block stores the same state",
         "bound off by one: by_inverse = (size >= 0x1p-126f && size <= 0x1p126f) || !(size > 0.0f) || isinf(size); "
         "[>= -> >]": DIVISOR,
         "condition dropped: by_inverse = (size >= 0x1p-126f && size <= 0x1p126f) || !(size > 0.0f) || isinf(size); "
@@ -69,6 +67,13 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "bound off by one: for (Walk at(along_channels ? kTokens : kProjectionRows, along_channels ? kProjectionRows : "
         "kTokens); at.plane < 1; [< -> <=]": "everything is stored twice, with the same values",
     },
+    "relu_linear_attention_backward_kernels.cuh": {
+        "bound off by one: for (int tile = place.start; tile < place.stop; tile += warps * Fragment::kTokens) { "
+        "[< -> <=]": LAST_TILE,
+        "bound off by one: for (int n = place.start + static_cast<int>(threadIdx.x) / 32 * Fragment::kTokens; n < "
+        "place.stop; [< -> <=]": LAST_TILE,
+        "bound off by one: if (tile + offset >= place.stop) break; [>= -> >]": LAST_STEP,
+    },
     "relu_linear_attention_fp32_kernels.cuh": {
         "bound off by one: for (int tile = place.start; tile < place.stop; tile += kTileTokensFp32) { "
         "[< -> <=]": LAST_TILE,
@@ -76,13 +81,6 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "[< -> <=] #2": LAST_TILE,
     },
     "relu_linear_attention_kernels.cuh": {
-        "condition dropped: float* state = args.state != nullptr && place.block == 0 ? args.state + place.pair(args) * "
-        "kNumel : nullptr; [place.block == 0 -> true]": "every block stores the same state",
-        "bound off by one: for (int tile = place.start; tile < place.stop; tile += warps * Fragment::kTokens) { "
-        "[< -> <=]": LAST_TILE,
-        "bound off by one: for (int n = place.start + static_cast<int>(threadIdx.x) / 32 * Fragment::kTokens; n < "
-        "place.stop; [< -> <=] #2": LAST_TILE,
-        "bound off by one: if (tile + offset >= place.stop) break; [>= -> >]": LAST_STEP,
         "condition dropped: if (first_row == 0 && lane % 4 == 0) own[D * D + Keys::channel(lane, i)] = total; "
         "[lane % 4 == 0 -> true]": SAME_TOTAL,
     },
@@ -94,9 +92,9 @@ EQUIVALENT: dict[str, dict[str, str]] = {
 
 # These do not, and tests should find them.
 MISSED: dict[str, dict[str, str]] = {
-    "aggregate_attention_kernels.cuh": {
-        "bound off by one: for (int i = 0; i < D / 4; ++i) { [< -> <=]": "a write beyond a local array, through a "
-        "pointer, where nothing is",
+    "aggregate_attention_apply_kernels.cuh": {
+        "bound off by one: for (int i = 0; i < D / 4; ++i) load_words<4>(q.x.words + 4 * i, own + 4 * i * halo.plane); "
+        "[< -> <=]": "a write beyond a local array, through a pointer, where nothing is",
     },
     "multiscale_aggregate_backward_kernels.cuh": {
         "condition dropped: const float value = i < there ? hidden[i] : 0.0f; [i < there -> true]": "no sample has an "

@@ -2,6 +2,7 @@
 //
 // EVK_TRIAL_AGGREGATE_ATTENTION: which tables are compiled: 1 the least, 2 all that differ in what they do.
 #include "aggregate_attention.cu"
+#include "aggregate_attention_apply_kernels.cuh"
 #include "plain_torch.h"
 #include "runtime.cu"
 #include "sum_splits.cu"

@@ -4,6 +4,7 @@
 // EVK_TRIAL_HALF, EVK_TRIAL_FP32: which tables are compiled: 0 none, 1 the least, 2 all that differ in what they do.
 #include "plain_torch.h"
 #include "relu_linear_attention.cu"
+#include "relu_linear_attention_backward_kernels.cuh"
 #include "relu_linear_attention_fp32_kernels.cuh"
 #include "runtime.cu"
 #include "sum_splits.cu"

@@ -1,6 +1,6 @@
-// What lies between the products of lite_mla, for 16-bit storage and one scale, in two launches: the aggregation of k
-// and v with the sum of the states, the aggregation of q with their application. Aggregated tokens are never stored.
-// Device code only: the launcher is aggregate_attention.cu.
+// The first of two kernels for what lies between the products of lite_mla, for 16-bit storage and one scale: the
+// aggregation of k and v with the sum of the states. aggregate_attention_apply_kernels.cuh has the second. Aggregated
+// tokens are never stored. Device code only: the launcher is aggregate_attention.cu.
 //
 // A block has one head, on tiles of an image. With the first scale come blocks for the head's own q, k and v, which
 // no convolution touches (scale 0 of the attention).
@@ -65,10 +65,6 @@ struct WarpState {
   float acc[kTiles][D / 8][4] = {};
   float z[2 * kTiles] = {};  // of channel 8 * i + g, over the lane's own pixels
 
-  __device__ void add(int tile, int column, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    const uint32_t b[2] = {b0, b1};
-    mma_m16n8k8_tf32(acc[tile][column], a, b);
-  }
   // Into a [D + 1, D] state.
   __device__ void store(float* state, int lane) const {
     const int g = lane / 4, t = lane % 4;
@@ -96,31 +92,24 @@ __device__ void add_stored(WarpState<D>& sum, const Halo<T>& k, const Halo<T>& v
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, across = k.cols / 8;
   for (int first = threadIdx.x / 32 * 4; first < k.rows * across; first += blockDim.x / 8) {
     const int row = (first + t) / across, column = (first + t) % across * 8;
-    uint32_t rows[2 * WarpState<D>::kTiles][4], columns[D / 8][4];
+    Words<T, 8, D / 8, Access::kTokens> keys, values;
 #pragma unroll
     for (int i = 0; i < D / 8; ++i) {
-      load_words<4>(rows[i], v.at(8 * i + g, row, column));
-      load_words<4>(columns[i], k.at(8 * i + g, row, column));
+      load_words<4>(keys.words + 4 * i, k.at(8 * i + g, row, column));
+      load_words<4>(values.words + 4 * i, v.at(8 * i + g, row, column));
+    }
+    keys.relu();
 #pragma unroll
-      for (uint32_t& word : columns[i]) {
-        word = Packed<T>::relu(word);
-        sum.z[i] += Packed<T>::low(word) + Packed<T>::high(word);
+    for (int i = 0; i < D / 8; ++i) {
+#pragma unroll
+      for (int slot = 0; slot < 8; slot += 2) {
+        const float2 both = keys.tokens(slot, i);
+        sum.z[i] += both.x + both.y;
       }
     }
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-#pragma unroll
-      for (int tile = 0; tile < WarpState<D>::kTiles; ++tile) {
-        const uint32_t low = rows[2 * tile][step], high = D > 8 ? rows[2 * tile + 1][step] : 0;
-        const uint32_t a[4] = {__float_as_uint(Packed<T>::low(low)), __float_as_uint(Packed<T>::low(high)),
-                               __float_as_uint(Packed<T>::high(low)), __float_as_uint(Packed<T>::high(high))};
-#pragma unroll
-        for (int i = 0; i < D / 8; ++i) {
-          sum.add(tile, i, a, __float_as_uint(Packed<T>::low(columns[i][step])),
-                  __float_as_uint(Packed<T>::high(columns[i][step])));
-        }
-      }
-    }
+    multiply_over_tokens<D, D>(
+        sum.acc, [&](int step, int i) { return values.tokens(2 * step, i); },
+        [&](int step, int i) { return keys.tokens(2 * step, i); });
   }
 }
 
@@ -215,7 +204,8 @@ __device__ void add_aggregated(WarpState<D>& sum, const AggregatedKeys<T, D, K>&
 #pragma unroll
       for (int column = 0; column < D / 8; ++column) {
         const float* k = &keys.x[column / 2][i][column % 2 * 2];
-        sum.add(tile, column, a, to_tf32(k[0]), to_tf32(k[1]));
+        const uint32_t b[2] = {to_tf32(k[0]), to_tf32(k[1])};
+        mma_m16n8k8_tf32(sum.acc[tile][column], a, b);
       }
     }
   }
@@ -311,149 +301,6 @@ __global__ void __launch_bounds__(kThreads, 2) aggregate_kv_state_kernel(Aggrega
     for (int c = 0; c < D; ++c) kv += value_of(pointwise + (v_first + row) * D + c) * total[c * D + column];
     to[e] = args.pointwise_bias == nullptr ? kv : kv + bias_at<T>(args.pointwise_bias, v_first + row) * z;
   }
-}
-
-// out = KV q' / (z . q' + eps) for pairs of a lane's pixels, where query(i, step) gives the quad of pair i of q'.
-template <class T, int D, class Query>
-__device__ void attend(T* staged, int plane, const uint32_t* weight, const float* z, float eps, Query query) {
-  const int lane = threadIdx.x % 32, t = lane % 4, segment = static_cast<int>(threadIdx.x) / 4;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float den[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int step = 0; step < D / 8; ++step) {
-      const Quad q = query(i, step);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float weight_of_den = shared_float(z + t * (D / 4) + 2 * step + e);
-        den[0] += weight_of_den * q.v[0][e], den[1] += weight_of_den * q.v[1][e];
-      }
-    }
-    float num[D / 8][4] = {};
-    multiply<D>(num, {weight}, lane, [&](int step) { return query(i, step); });
-    const Divisor divisors[2] = {Divisor(sum_of_row(den[0]) + eps), Divisor(sum_of_row(den[1]) + eps)};
-#pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const uint32_t word = Packed<T>::pack(divisors[0].divide(num[j][e]), divisors[1].divide(num[j][2 + e]));
-        store_words<1>(staged + (4 * (2 * j + e) + t) * plane + segment * 8 + 2 * i, &word);
-      }
-    }
-  }
-}
-
-// out for one tile; the first block of a head stores the added-up state.
-template <class T, int D, int K>
-__global__ void __launch_bounds__(kThreads, 2) aggregate_apply_kernel(AggregateAttentionArgs args) {
-  EVK_DYNAMIC_SHARED(shared);
-  constexpr int kNumel = (D + 1) * D, kMargin = halo_margin(sizeof(T));
-  const auto place_of = [](int c) { return plane_of<D>(c); };
-  const HeadTiles place(args);
-  const int64_t first = place.channel(D, 0);
-  uint32_t* kv = reinterpret_cast<uint32_t*>(shared);  // KV^T: from q's channels to out's
-  uint32_t* weight = kv + D * D;                       // P_q
-  float* z = reinterpret_cast<float*>(weight + D * D);
-  float* biases = z + D;  // of the depthwise convolution by planes, of P_q by channels
-  float* taps = biases + 2 * D;
-  const int pad = place.aggregates ? K / 2 : 0, margin = place.aggregates ? kMargin : 0;
-  const Halo<T> halo{reinterpret_cast<T*>(taps + D * K * tap_pitch(K)),
-                     args.rows,
-                     args.cols,
-                     pad,
-                     margin,
-                     halo_plane(args.rows, args.cols, 2 * pad + 1, margin, sizeof(T), 8)};
-  const Window window = place.window(args, place.begin);
-
-  const float* states = args.states + place.pair(args) * args.splits * kNumel;
-  float* state = args.state != nullptr && place.block == 0 ? args.state + place.pair(args) * kNumel : nullptr;
-  for (int e = threadIdx.x; e < kNumel; e += blockDim.x) {
-    const float total = sum_of_splits(states, args.splits, kNumel, e);
-    if (state != nullptr) state[e] = total;
-    if (e < D * D) {
-      kv[operand_index<D>(e % D, e / D)] = to_tf32(total);
-    } else {
-      z[e - D * D] = total;
-    }
-  }
-  if (place.aggregates) {
-    for (int e = threadIdx.x; e < D * D; e += blockDim.x) {
-      weight[operand_index<D>(e % D, e / D)] =
-          __float_as_uint(value_of(static_cast<const T*>(args.pointwise) + first * D + e));
-    }
-    load_all_taps<D, K>(taps, static_cast<const T*>(args.depthwise), first, place_of);
-    for (int c = threadIdx.x; c < D; c += blockDim.x) {
-      biases[place_of(c)] = bias_at<T>(args.depthwise_bias, first + c);
-      biases[D + c] = bias_at<T>(args.pointwise_bias, first + c);
-    }
-  }
-  load_halo<D>(halo, Channels<T>(args.qkv, place.batch, first), window, args.access, place_of);
-  __syncthreads();
-
-  const int lane = threadIdx.x % 32, t = lane % 4, across = args.cols / 8;
-  const int segment = static_cast<int>(threadIdx.x) / 4;
-  const T* own = halo.at(t, segment / across, segment % across * 8);
-  const int plane = tile_plane(args.rows * args.cols, sizeof(T));
-  if (place.aggregates) {
-    float q[4][D / 8][4] = {};
-#pragma unroll 1
-    for (int step = 0; step < D / 8; ++step) {
-      uint32_t a[4][4];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int at = 4 * (2 * step + e);
-        float sums[8];
-#pragma unroll
-        for (float& sum : sums) sum = biases[at + t];
-        convolve<8, K>(sums, own + at * halo.plane, halo.pitch(), taps + (at + t) * K * tap_pitch(K));
-#pragma unroll
-        for (int i = 0; i < 8; ++i) a[i / 2][i % 2 + 2 * e] = to_tf32(sums[i]);
-      }
-#pragma unroll
-      for (int column = 0; column < D / 8; ++column) {
-        uint32_t b[2];
-        shared_pair(b, weight + ((step * (D / 8) + column) * 32 + lane) * 2);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) mma_m16n8k8_tf32(q[i][column], a[i], b);
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float bias = biases[D + t * (D / 4) + 2 * j + e];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            float& x = q[i][j][2 * h + e];
-            x = __uint_as_float(to_tf32(relu(x + bias)));
-          }
-        }
-      }
-    }
-    __syncthreads();  // the halo has been read
-    attend<T, D>(halo.data, plane, kv, z, args.eps, [&](int i, int step) {
-      const float (&x)[4] = q[i][step];
-      return Quad{{{x[0], x[1]}, {x[2], x[3]}}};
-    });
-  } else {
-    uint32_t words[D / 4][4];
-#pragma unroll
-    for (int i = 0; i < D / 4; ++i) {
-      load_words<4>(words[i], own + 4 * i * halo.plane);
-#pragma unroll
-      for (uint32_t& word : words[i]) word = Packed<T>::relu(word);
-    }
-    __syncthreads();
-    attend<T, D>(halo.data, plane, kv, z, args.eps, [&](int i, int step) {
-      const uint32_t even = words[2 * step][i], odd = words[2 * step + 1][i];
-      return Quad{{{Packed<T>::low(even), Packed<T>::low(odd)}, {Packed<T>::high(even), Packed<T>::high(odd)}}};
-    });
-  }
-  __syncthreads();
-  store_tile<D>(Channels<T>(args.out, place.batch, place.group * D), halo.data, plane, args.rows, args.cols, window,
-                args.out_access, place_of);
 }
 
 }  // namespace efficientvit_kernels::cuda
