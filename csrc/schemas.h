@@ -22,6 +22,11 @@
   "aggregate_attention_fwd(Tensor qkv, Tensor[] depthwise_weights, Tensor[] pointwise_weights, "                    \
   "Tensor[] depthwise_biases, Tensor[] pointwise_biases, int head_dim, float eps, bool channels_last) -> (Tensor, " \
   "Tensor)"
+// [y], or nothing where the launch plan has another variant and `always` is not set.
+#define EVK_LITE_MLA_TWO_LAUNCHES                                                                                    \
+  "lite_mla_two_launches(Tensor x, Tensor qkv_weight, Tensor[] depthwise_weights, Tensor[] pointwise_weights, "      \
+  "Tensor proj_weight, Tensor? qkv_bias, Tensor[] depthwise_biases, Tensor[] pointwise_biases, Tensor? proj_scale, " \
+  "Tensor? proj_shift, Tensor? residual, int head_dim, float eps, bool always) -> Tensor[]"
 #define EVK_PROJECTION_EPILOGUE \
   "projection_epilogue(Tensor(a!) y, Tensor? scale, Tensor? shift, Tensor? residual) -> ()"
 #define EVK_PROJECTION \

@@ -86,16 +86,17 @@ struct WarpState {
   }
 };
 
-// Scale 0: k and v as they are stored. Lane t has 8 neighbouring pixels, row g a channel.
-template <class T, int D>
-__device__ void add_stored(WarpState<D>& sum, const Halo<T>& k, const Halo<T>& v) {
+// Scale 0: k and v as they are stored, channel c of k in plane place(c). Lane t has 8 neighbouring pixels, row g a
+// channel.
+template <class T, int D, class Place>
+__device__ void add_stored(WarpState<D>& sum, const Halo<T>& k, const Halo<T>& v, Place place) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, across = k.cols / 8;
   for (int first = threadIdx.x / 32 * 4; first < k.rows * across; first += blockDim.x / 8) {
     const int row = (first + t) / across, column = (first + t) % across * 8;
     Words<T, 8, D / 8, Access::kTokens> keys, values;
 #pragma unroll
     for (int i = 0; i < D / 8; ++i) {
-      load_words<4>(keys.words + 4 * i, k.at(8 * i + g, row, column));
+      load_words<4>(keys.words + 4 * i, k.at(place(8 * i + g), row, column));
       load_words<4>(values.words + 4 * i, v.at(8 * i + g, row, column));
     }
     keys.relu();
@@ -211,13 +212,68 @@ __device__ void add_aggregated(WarpState<D>& sum, const AggregatedKeys<T, D, K>&
   }
 }
 
+// What the aggregation of k and v takes, into shared memory: P_k as operand A, of at least 16 rows; the taps; `biases`,
+// k's depthwise one by planes and its pointwise one, and v's depthwise one.
+template <class T, int D, int K>
+__device__ void load_key_weights(uint32_t* weight, float* k_taps, float* v_taps, float* biases,
+                                 const AggregateAttentionArgs& args, const HeadTiles& place) {
+  const int64_t k_first = place.channel(D, 1), v_first = place.channel(D, 2);
+  const T *depthwise = static_cast<const T*>(args.depthwise), *pointwise = static_cast<const T*>(args.pointwise);
+  for (int e = threadIdx.x; e < WarpState<D>::kTiles * 16 * D; e += blockDim.x) {
+    // e = ((tile, step), lane, i): row g + 8 (i % 2), channel 2 * step + i / 2 of lane t.
+    const int i = e % 4, of_lane = e / 4 % 32, step = e / 128 % (D / 8), tile = e / 128 / (D / 8);
+    const int o = 16 * tile + i % 2 * 8 + of_lane / 4, c = of_lane % 4 * (D / 4) + 2 * step + i / 2;
+    weight[e] = o < D ? __float_as_uint(value_of(pointwise + (k_first + o) * D + c)) : 0u;
+  }
+  load_all_taps<D, K>(k_taps, depthwise, k_first, [](int c) { return plane_of<D>(c); });
+  load_all_taps<D, K>(v_taps, depthwise, v_first, [](int c) { return c; });
+  for (int c = threadIdx.x; c < D; c += blockDim.x) {
+    biases[plane_of<D>(c)] = bias_at<T>(args.depthwise_bias, k_first + c);
+    biases[D + c] = bias_at<T>(args.pointwise_bias, k_first + c);
+    biases[2 * D + c] = bias_at<T>(args.depthwise_bias, v_first + c);
+  }
+}
+
+// The warps' sums, added up into sums[pair, block], and with `aggregated` v's P. `states`: [warps + 1, D + 1, D] of
+// shared memory, which is no longer read by then.
+template <class T, int D>
+__device__ void store_sums(const WarpState<D>& sum, float* states, const AggregateAttentionArgs& args,
+                           const HeadTiles& place, int64_t pair, bool aggregated) {
+  constexpr int kNumel = (D + 1) * D;
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  float* to = args.sums + (pair * args.splits + place.block) * kNumel;
+  float* total = states + warps * kNumel;
+  __syncthreads();
+  sum.store(states + warp * kNumel, threadIdx.x % 32);
+  __syncthreads();
+  for (int e = threadIdx.x; e < kNumel; e += blockDim.x) {
+    const float x = sum_of_splits(states, warps, kNumel, e);
+    (aggregated ? total : to)[e] = x;
+  }
+  if (!aggregated) return;
+  __syncthreads();
+  const int64_t first = place.channel(D, 2);
+  const T* pointwise = static_cast<const T*>(args.pointwise) + first * D;
+  for (int e = threadIdx.x; e < kNumel; e += blockDim.x) {
+    const int row = e / D, column = e % D;
+    const float z = total[D * D + column];
+    if (row == D) {
+      to[e] = z;
+      continue;
+    }
+    float kv = 0.0f;
+#pragma unroll 4
+    for (int c = 0; c < D; ++c) kv += value_of(pointwise + row * D + c) * total[c * D + column];
+    to[e] = args.pointwise_bias == nullptr ? kv : kv + bias_at<T>(args.pointwise_bias, first + row) * z;
+  }
+}
+
 // sums[b, group, block] = the block's part of KV and z.
 template <class T, int D, int K>
 __global__ void __launch_bounds__(kThreads, 2) aggregate_kv_state_kernel(AggregateAttentionArgs args) {
   EVK_DYNAMIC_SHARED(shared);
-  constexpr int kNumel = (D + 1) * D, kTiles = WarpState<D>::kTiles;
+  constexpr int kTiles = WarpState<D>::kTiles;
   const HeadTiles place(args);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const auto natural = [](int c) { return c; };
   uint32_t* weight = reinterpret_cast<uint32_t*>(shared);  // P_k as operand A, at least 16 rows
   float* k_taps = reinterpret_cast<float*>(weight + kTiles * 16 * D);
@@ -225,24 +281,11 @@ __global__ void __launch_bounds__(kThreads, 2) aggregate_kv_state_kernel(Aggrega
   float* biases = v_taps + D * K * tap_pitch(K);  // k's two, v's depthwise one
   unsigned char* tile_memory = reinterpret_cast<unsigned char*>(biases + 3 * D);
   const int64_t k_first = place.channel(D, 1), v_first = place.channel(D, 2);
-  const T *depthwise = static_cast<const T*>(args.depthwise), *pointwise = static_cast<const T*>(args.pointwise);
   WarpState<D> sum;
 
   if (place.aggregates) {
     constexpr int kMargin = halo_margin(sizeof(T));
-    for (int e = threadIdx.x; e < kTiles * 16 * D; e += blockDim.x) {
-      // e = ((tile, step), lane, i): row g + 8 (i % 2), channel 2 * step + i / 2 of lane t.
-      const int i = e % 4, of_lane = e / 4 % 32, step = e / 128 % (D / 8), tile = e / 128 / (D / 8);
-      const int o = 16 * tile + i % 2 * 8 + of_lane / 4, c = of_lane % 4 * (D / 4) + 2 * step + i / 2;
-      weight[e] = o < D ? __float_as_uint(value_of(pointwise + (k_first + o) * D + c)) : 0u;
-    }
-    load_all_taps<D, K>(k_taps, depthwise, k_first, [](int c) { return plane_of<D>(c); });
-    load_all_taps<D, K>(v_taps, depthwise, v_first, natural);
-    for (int c = threadIdx.x; c < D; c += blockDim.x) {
-      biases[plane_of<D>(c)] = bias_at<T>(args.depthwise_bias, k_first + c);
-      biases[D + c] = bias_at<T>(args.pointwise_bias, k_first + c);
-      biases[2 * D + c] = bias_at<T>(args.depthwise_bias, v_first + c);
-    }
+    load_key_weights<T, D, K>(weight, k_taps, v_taps, biases, args, place);
     const Halo<T> halo{reinterpret_cast<T*>(tile_memory),
                        args.rows,
                        args.cols,
@@ -272,35 +315,11 @@ __global__ void __launch_bounds__(kThreads, 2) aggregate_kv_state_kernel(Aggrega
       load_halo<D>(k, Channels<T>(args.qkv, place.batch, k_first), window, args.access, natural);
       load_halo<D>(v, Channels<T>(args.qkv, place.batch, v_first), window, args.access, natural);
       __syncthreads();
-      add_stored<T, D>(sum, k, v);
+      add_stored<T, D>(sum, k, v, natural);
     }
   }
 
-  // The warps' sums, then v's P.
-  float* to = args.sums + (place.pair(args) * args.splits + place.block) * kNumel;
-  float* states = reinterpret_cast<float*>(tile_memory);  // [warps, D + 1, D], then their sum
-  float* total = states + warps * kNumel;
-  __syncthreads();
-  sum.store(states + warp * kNumel, lane);
-  __syncthreads();
-  for (int e = threadIdx.x; e < kNumel; e += blockDim.x) {
-    const float x = sum_of_splits(states, warps, kNumel, e);
-    (place.aggregates ? total : to)[e] = x;
-  }
-  if (!place.aggregates) return;
-  __syncthreads();
-  for (int e = threadIdx.x; e < kNumel; e += blockDim.x) {
-    const int row = e / D, column = e % D;
-    const float z = total[D * D + column];
-    if (row == D) {
-      to[e] = z;
-      continue;
-    }
-    float kv = 0.0f;
-#pragma unroll 4
-    for (int c = 0; c < D; ++c) kv += value_of(pointwise + (v_first + row) * D + c) * total[c * D + column];
-    to[e] = args.pointwise_bias == nullptr ? kv : kv + bias_at<T>(args.pointwise_bias, v_first + row) * z;
-  }
+  store_sums<T, D>(sum, reinterpret_cast<float*>(tile_memory), args, place, place.pair(args), place.aggregates);
 }
 
 }  // namespace efficientvit_kernels::cuda

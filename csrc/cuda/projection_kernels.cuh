@@ -5,8 +5,8 @@
 // side by side, come into shared memory asynchronously, two steps ahead of the products.
 #pragma once
 
-#include "image_tile.cuh"
 #include "projection_plan.h"
+#include "rows_product.cuh"
 
 namespace efficientvit_kernels::cuda {
 
@@ -20,14 +20,6 @@ struct ProjectionArgs {
   int64_t row_blocks;
   Access access;  // to y and the residual: kTokens is 4 at a time
 };
-
-__device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const __half*) {
-  mma_m16n8k16_f16(d, a, b);
-}
-__device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                    const __nv_bfloat16*) {
-  mma_m16n8k16_bf16(d, a, b);
-}
 
 // Rows first to first + kRows - 1 of a [count, channels] matrix, columns k to k + kProjectionStep - 1, into shared
 // memory; 0 where there are none.

@@ -99,6 +99,7 @@ Access access_of_rows(const std::vector<Image>& images, int64_t bytes) {
 STABLE_TORCH_LIBRARY_FRAGMENT(efficientvit_kernels, m) {
   m.def(EVK_MULTISCALE_AGGREGATE_BWD_ADD);
   m.def(EVK_AGGREGATE_ATTENTION_FWD);
+  m.def(EVK_LITE_MLA_TWO_LAUNCHES);
   m.def(EVK_PROJECTION_EPILOGUE);
   m.def(EVK_PROJECTION);
 }

@@ -2,7 +2,8 @@
 
 Forward, in 16 bits and with D up to 32: the product for qkv; aggregation fused with the sum of the states; aggregation
 fused with their application; the projection with its epilogue, or, where it is wide, cuBLAS's with an epilogue in
-place. Otherwise aggregation and attention run op by op.
+place. In inference with few channels all of that in two launches, where the launch plan predicts a gain. Otherwise
+aggregation and attention run op by op.
 Backward: what lies between the products is computed again from qkv, by the kernels of the two other ops.
 """
 
@@ -23,6 +24,8 @@ from ._products import product
 # A product of so few channels is bound by the bytes of its operands, which an epilogue of its own would move once more.
 # Beyond, cuBLAS is faster than mma.sync by more than that. Predicted.
 WIDEST_PROJECTION = 256
+# What a block of the two launches has room for: x, q, the attention's result and W_proj.
+WIDEST_OF_TWO_LAUNCHES = 128
 
 
 def lite_mla_fwd(
@@ -47,11 +50,15 @@ def lite_mla_fwd(
         groups = channels // (3 * head_dim) * (1 + len(depthwise_weights))
         state = x.new_empty((x.shape[0], groups, head_dim + 1, head_dim) if save else 0, dtype=torch.float32)
         return empty_image(x, proj_weight.shape[0]), empty_image(x, channels) if save else x.new_empty(0), state
-    qkv = product(qkv_weight, x, qkv_bias)
     aggregation = (depthwise_weights, pointwise_weights, depthwise_biases, pointwise_biases)
+    vectors = [None if vector is None else vector.contiguous() for vector in (proj_scale, proj_shift)]
+    if not save and channels <= 3 * WIDEST_OF_TWO_LAUNCHES:
+        rest = (proj_weight, qkv_bias, depthwise_biases, pointwise_biases, *vectors, residual, head_dim, eps)
+        if y := two_launches(x, qkv_weight, depthwise_weights, pointwise_weights, *rest):
+            return y[0], x.new_empty(0), x.new_empty(0, dtype=torch.float32)
+    qkv = product(qkv_weight, x, qkv_bias)
     narrow = x.dtype != torch.float32 and proj_weight.shape[0] <= WIDEST_PROJECTION
     out, state = registered("aggregate_attention", "fwd", "cuda")(qkv, *aggregation, head_dim, eps, narrow)
-    vectors = [None if vector is None else vector.contiguous() for vector in (proj_scale, proj_shift)]
     if narrow and out.is_contiguous(memory_format=torch.channels_last):  # the fused kernels have written it
         y = empty_image(x, proj_weight.shape[0])
         _native_ops().projection(_aligned(proj_weight.flatten(1)), out, *vectors, residual, y)
@@ -62,6 +69,28 @@ def lite_mla_fwd(
     if save:
         return y, qkv, state
     return y, x.new_empty(0), state.new_empty(0)
+
+
+def two_launches(
+    x: Tensor,
+    qkv_weight: Tensor,
+    depthwise_weights: Sequence[Tensor],
+    pointwise_weights: Sequence[Tensor],
+    proj_weight: Tensor,
+    *rest: Any,
+    always: bool = False,
+) -> list[Tensor]:
+    """[y], or nothing where the kernels do not serve the block or, unless `always`, four launches are predicted to be
+    faster. `rest`: as in `lite_mla_fwd` up to eps.
+    """
+    if x.dtype == torch.float32 or len(depthwise_weights) != 1:
+        return []
+    matrices = [_aligned(weight.flatten(1)) for weight in (qkv_weight, proj_weight)]
+    qkv_bias, *others = rest
+    bias = None if qkv_bias is None else qkv_bias.contiguous()
+    lists = (depthwise_weights, pointwise_weights)
+    y: list[Tensor] = _native_ops().lite_mla_two_launches(x, matrices[0], *lists, matrices[1], bias, *others, always)
+    return y
 
 
 def _aligned(matrix: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from efficientvit_kernels import lite_mla
+from efficientvit_kernels import lite_mla, reference
 from efficientvit_kernels.ops import _cuda_lite_mla
 from efficientvit_kernels.ops._backends import registered
 from efficientvit_kernels.testing import official_lite_mla, rule_t
 from tests.cuda_emulator.ops import cuda_calls
-from tests.ops.block_common import assert_all_ok, assert_equal_bits, on_device
+from tests.ops.block_common import assert_all_ok, assert_equal_bits, in_dtype, on_device
 from tests.ops.common import HALF, as_layout, device_of
 from tests.ops.lite_mla_samples import ALL, SAMPLES, Sample, dtypes_are_kept, exact, judge, run, state_and_tolerance
 
@@ -75,6 +75,37 @@ def test_median_error_of_the_forward_meets_the_target(backend: str, dtype: torch
             ratios.append(rule_t(found, exact(arguments)["out"], official_lite_mla(**arguments)).ratio)
     assert len(ratios) >= 5
     assert statistics.median(ratios) <= target
+
+
+FEW_CHANNELS = [  # of what two launches serve
+    Sample(1, 16, 1, 16, 7, 7, extras="scale shift", out_channels=16),
+    Sample(2, 32, 4, 8, 9, 14, (3,), ALL, "channels_last", out_channels=48),
+    Sample(2, 48, 2, 32, 18, 16, (5,), "biases residual", "sliced", out_channels=64),
+    Sample(1, 128, 8, 16, 14, 14, (5,), ALL, out_channels=128),
+    Sample(1, 64, 3, 8, 20, 33, (7,), "shift", "offset", out_channels=32),
+    Sample(1, 16, 1, 8, 136, 130, (5,), "", out_channels=16),  # more splits than a reader adds up, several tiles each
+]
+
+
+def in_two_launches(arguments: dict[str, Any], backend: str) -> torch.Tensor:
+    placed = on_device(arguments, backend)
+    names = ("x", "qkv_weight", "depthwise_weights", "pointwise_weights", "proj_weight", "qkv_bias")
+    names += ("depthwise_biases", "pointwise_biases", "proj_scale", "proj_shift", "residual", "head_dim", "eps")
+    given = [placed.get(name, [] if name.endswith("biases") else None) for name in names]
+    given = [
+        [] if name.endswith("biases") and value is None else value for name, value in zip(names, given, strict=True)
+    ]
+    (y,) = _cuda_lite_mla.two_launches(*given, always=True)
+    return y.cpu()
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("sample", FEW_CHANNELS, ids=str)
+def test_two_launches(backend: str, sample: Sample, dtype: torch.dtype) -> None:
+    arguments = sample.make(dtype)
+    truth = reference.lite_mla(**in_dtype(arguments, torch.float64))
+    verdict = rule_t(in_two_launches(arguments, backend), truth, official_lite_mla(**arguments))
+    assert verdict.ok, str(verdict)
 
 
 def attend(arguments: dict[str, Any], qkv: torch.Tensor, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:

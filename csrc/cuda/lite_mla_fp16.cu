@@ -1,0 +1,7 @@
+#include "lite_mla_table.cuh"
+
+namespace efficientvit_kernels::cuda {
+
+LiteMlaKernels lite_mla_fp16(int64_t head_dim, int64_t size) { return lite_mla_kernels<__half>(head_dim, size); }
+
+}  // namespace efficientvit_kernels::cuda
