@@ -23,7 +23,7 @@ def launch_plan(
     multiprocessors: int = MULTIPROCESSORS,
     max_shared_bytes: int = SHARED_BYTES,
 ) -> dict[str, list[Launch]]:
-    """The kernels of "lite_mla" (inference), and of the "backward" between its products, in their order.
+    """The kernels of "inference", of the "forward" of training, and of the "backward" between its products, in order.
 
     Args:
         batch, channels, height, width: of the input and the output; heads = channels / head_dim, one scale.
@@ -43,36 +43,46 @@ def launch_plan(
     heads = channels // head_dim
     if heads * head_dim != channels:
         raise ValueError(f"launch_plan: channels must be a multiple of head_dim, got {channels} and {head_dim}")
-    tokens = height * width
-    attention = _C.cuda_relu_linear_attention_plan(2 * batch * heads, tokens, head_dim, fp32, multiprocessors)
+    gpu = (multiprocessors, max_shared_bytes)
     image = (batch, heads, height, width, head_dim, kernel_size)
+    attention = _C.cuda_relu_linear_attention_plan(2 * batch * heads, height * width, head_dim, fp32, multiprocessors)
     aggregation = _C.cuda_multiscale_aggregate_plan(*image, fp32, max_shared_bytes)
-    block = _C.cuda_lite_mla_plan(*image, channels, multiprocessors, max_shared_bytes)
-    product = {"launch": "torch: product for qkv"}
-    sums = [{"launch": "sum_splits_kernel"}]
-    if block["fused"] and not fp32:
-        forward = [product, {"launch": "aggregate_kv_state_kernel"} | block["state"]]
-        forward += sums * block["sums_splits"] + [{"launch": "aggregate_apply_kernel"} | block["apply"]]
-    else:
-        forward = [product, {"launch": "aggregate_kernel"} | aggregation["forward"]]
-        forward += [{"launch": "kv_state_kernel"} | attention["kv_state"], *sums * attention["sums_splits"]]
-        forward.append({"launch": "apply_kernel"} | attention["apply"])
-    if block["fused"] and not fp32 and channels <= WIDEST_PROJECTION:
-        forward.append({"launch": "projection_kernel"} | block["projection"])
-    else:
-        forward += [{"launch": "torch: projection"}, {"launch": "epilogue_kernel"}]
-    backward = [
+    fused = _C.cuda_lite_mla_plan(*image, channels, *gpu)
+    two = _C.cuda_two_launches_plan(batch, channels, *image[1:], channels, *gpu)
+    sums = [{"launch": "sum_splits_kernel"}] * attention["sums_splits"]
+    forward_apart = [
         {"launch": "aggregate_kernel"} | aggregation["forward"],
         {"launch": "kv_state_kernel"} | attention["kv_state"],
-        *sums * attention["sums_splits"],
+        *sums,
         {"launch": "apply_kernel"} | attention["apply"],
+    ]
+    backward = [
+        *forward_apart,
         {"launch": "grad_state_kernel"} | attention["grad_state"],
-        *sums * attention["sums_splits"],
+        *sums,
         {"launch": "grad_kv_kernel"} | attention["grad_kv"],
         {"launch": "aggregate_gradients_kernel"} | aggregation["gradients"],
         {"launch": "sum_gradients_kernel"},
     ]
-    return {"lite_mla": forward, "backward": backward}
+    between = (
+        _summed("aggregate_kv_state_kernel", "aggregate_apply_kernel", fused) if fused["fused"] and not fp32 else []
+    )
+    narrow = between and channels <= WIDEST_PROJECTION
+    projection = [{"launch": "projection_kernel"} | fused["projection"]] if narrow else []
+    forward = [
+        {"launch": "torch: product for qkv"},
+        *(between or forward_apart),
+        *(projection or [{"launch": "torch: projection"}, {"launch": "epilogue_kernel"}]),
+    ]
+    preferred = two["preferred"] and not fp32
+    inference = _summed("lite_mla_state_kernel", "lite_mla_apply_kernel", two) if preferred else forward
+    return {"inference": inference, "forward": forward, "backward": backward}
+
+
+def _summed(state: str, apply: str, plan: dict[str, Any]) -> list[Launch]:
+    """A kernel that sums states up, and one that applies them."""
+    between = [{"launch": "sum_splits_kernel"}] * plan["sums_splits"]
+    return [{"launch": state} | plan["state"], *between, {"launch": apply} | plan["apply"]]
 
 
 def text_of(plan: dict[str, list[Launch]]) -> str:

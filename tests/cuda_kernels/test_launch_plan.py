@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from typing import Any
 
 import pytest
@@ -95,6 +96,26 @@ def test_every_pixel_has_a_tile(head_dim: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("head_dim", CUDA_HEAD_DIMS)
+@pytest.mark.parametrize("shared", [SMALLEST_SHARED, LARGEST_SHARED])
+def test_two_launches_cover_the_image(shared: int) -> None:
+    served = 0
+    for (height, width), size in itertools.product(IMAGES, CUDA_KERNEL_SIZES):
+        for channels, heads, dim in ((64, 4, 16), (128, 8, 16), (128, 4, 32), (32, 1, 32), (16, 1, 8), (64, 8, 8)):
+            plan = native.cuda_two_launches_plan(3, channels, heads, height, width, dim, size, 128, 132, shared)
+            served += plan["served"]
+            for name in ("state", "apply") if plan["served"] else ():
+                down, across = -(-height // plan[name]["rows"]), -(-width // plan[name]["cols"])
+                assert plan[name]["tiles"] == down * across
+                assert plan[name]["shared_bytes"] <= shared
+            if plan["served"]:
+                assert heads * plan["apply"]["rows"] * plan["apply"]["cols"] <= 64 * plan["apply"]["threads"] // 32
+                assert plan["apply"]["grid"] == 3 * plan["apply"]["tiles"]
+    assert served >= 100
+    for odd in ((256, 8, 32), (64, 16, 8), (24, 1, 8), (64, 1, 64)):
+        channels, heads, dim = odd
+        assert not native.cuda_two_launches_plan(1, channels, heads, 14, 14, dim, 5, 64, 132, LARGEST_SHARED)["served"]
+
+
 def test_runs_share_the_tiles_of_all_images(head_dim: int) -> None:
     for batch in (1, 2, 31, 32, 33, 1000):
         plan = native.cuda_multiscale_aggregate_plan(batch, 2, 33, 47, head_dim, 5, False, LARGEST_SHARED)["gradients"]
@@ -123,13 +144,17 @@ def test_bad_images_are_told() -> None:
 
 
 def test_launches_of_a_block() -> None:
-    """Four launches where all is fused; more splits and wide products take their own."""
+    """Two launches with few channels, four where all is fused; more splits and wide products take their own."""
 
-    def names(*arguments: int, **options: Any) -> list[str]:
-        return [launch["launch"] for launch in launch_plan(*arguments, **options)["lite_mla"]]
+    def names(*arguments: int, part: str = "inference", **options: Any) -> list[str]:
+        return [launch["launch"] for launch in launch_plan(*arguments, **options)[part]]
 
+    two = ["lite_mla_state_kernel", "lite_mla_apply_kernel"]
+    assert names(1, 128, 14, 14) == names(100, 64, 14, 14) == two
+    assert names(1, 64, 200, 200) == [two[0], "sum_splits_kernel", two[1]]
     fused = ["torch: product for qkv", "aggregate_kv_state_kernel", "aggregate_apply_kernel"]
-    assert names(1, 128, 14, 14) == [*fused, "projection_kernel"]
+    assert names(1, 128, 14, 14, part="forward") == names(100, 128, 14, 14) == [*fused, "projection_kernel"]
+    assert names(1, 128, 14, 14, max_shared_bytes=64 * 1024) == [*fused, "projection_kernel"]
     assert names(1, 512, 7, 7, head_dim=32) == [*fused, "torch: projection", "epilogue_kernel"]
     assert names(1, 128, 200, 200)[2] == "sum_splits_kernel"
     apart = ["aggregate_kernel", "kv_state_kernel", "apply_kernel", "torch: projection", "epilogue_kernel"]
@@ -146,7 +171,11 @@ def test_launches_of_a_block() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "sample",
-    [LiteMLASample(1, 32, 2, 16, 7, 9, extras="scale"), LiteMLASample(1, 8, 1, 8, 100, 90, extras="shift")],
+    [
+        LiteMLASample(1, 32, 2, 16, 7, 9, extras="scale"),
+        LiteMLASample(1, 8, 1, 8, 100, 90, extras="shift"),
+        LiteMLASample(1, 16, 2, 8, 100, 90, extras="shift"),
+    ],
     ids=str,
 )
 def test_as_many_launches_as_planned(backend: str, sample: LiteMLASample, dtype: torch.dtype) -> None:
@@ -157,8 +186,12 @@ def test_as_many_launches_as_planned(backend: str, sample: LiteMLASample, dtype:
     plan = launch_plan(*x.shape, head_dim=sample.head_dim, fp32=dtype == torch.float32, multiprocessors=132)
     planned = {part: sum("torch" not in launch["launch"] for launch in launches) for part, launches in plan.items()}
     before = count()
+    with torch.no_grad():
+        lite_mla(**arguments, backend=backend)
+    assert count() - before == planned["inference"]
+    before = count()
     y = lite_mla(**arguments, backend=backend)
-    assert count() - before == planned["lite_mla"]
+    assert count() - before == planned["forward"]
     before = count()
     torch.autograd.grad(y.sum(), x)
     assert count() - before == planned["backward"] - 1  # without gradients of weights nothing adds them up
