@@ -82,6 +82,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     },
     "relu_linear_attention_kernels.cuh": {
         "condition dropped: if (first_row == 0 && lane % 4 == 0) own[D * D + Keys::channel(lane, i)] = total; "
+        "[first_row == 0 && lane % 4 == 0 -> true]": SAME_TOTAL,
+        "condition dropped: if (first_row == 0 && lane % 4 == 0) own[D * D + Keys::channel(lane, i)] = total; "
         "[lane % 4 == 0 -> true]": SAME_TOTAL,
     },
     "tile.cuh": {
