@@ -38,7 +38,7 @@ def test_info_of_a_launch_plan() -> None:
     assert result.returncode == 0, result.stderr
     assert "aggregate_kv_state_kernel    threads 128, rows 16, cols 16, tiles 1, shared_bytes" in result.stdout
     content = json.loads(command("info", "--plan", "8x256x32x32", "--head-dim", "32", "--json").stdout)
-    assert content["forward"][1]["grid"] == 2 * 8 * 8 * content["lite_mla"][1]["tiles"]
+    assert content["forward"][1]["grid"] == 2 * 8 * 8 * content["forward"][1]["tiles"]
     wrong = command("info", "--plan", "128x14x14")
     assert wrong.returncode == 1
     assert "--plan must be BxCxHxW, got '128x14x14'" in wrong.stderr

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tests.cuda_emulator import build, plain_aggregate, plain_lite_mla, plain_runs
+from tests.cuda_emulator import build, plain_aggregate, plain_lite_mla, plain_runs, plain_two_launches
 from tests.cuda_emulator.mutants import SURVIVED, Mutant, Trial, mutants_of
 from tests.cuda_emulator.plain_runs import PLAIN
 
@@ -92,7 +92,14 @@ AGGREGATE_ATTENTION = Driver(
 PROJECTION = Driver(
     "plain_projection.cu", (), plain_lite_mla.check_projection, plain_lite_mla.expect_projection, {"": ()}
 )
-DRIVERS = [ATTENTION, AGGREGATE, AGGREGATE_ATTENTION, PROJECTION]
+TWO_LAUNCHES = Driver(
+    "plain_two_launches.cu",
+    ("EVK_TRIAL_TWO_LAUNCHES",),
+    plain_two_launches.check_two_launches,
+    plain_two_launches.expect_two_launches,
+    {"": (2,)},
+)
+DRIVERS = [ATTENTION, AGGREGATE, AGGREGATE_ATTENTION, PROJECTION, TWO_LAUNCHES]
 
 
 def drivers_of(file: Path) -> list[Driver]:

@@ -32,6 +32,7 @@ LEAST = {
     "plain_aggregate.cu": (1,),
     "plain_aggregate_attention.cu": (1,),
     "plain_projection.cu": (),
+    "plain_two_launches.cu": (1,),
 }
 ALL = {source: tuple(2 for _ in levels) for source, levels in LEAST.items()}
 drivers = pytest.mark.parametrize("driver", DRIVERS, ids=lambda driver: driver.source)
