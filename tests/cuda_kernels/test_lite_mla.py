@@ -87,15 +87,16 @@ FEW_CHANNELS = [  # of what two launches serve
 ]
 
 
-def in_two_launches(arguments: dict[str, Any], backend: str) -> torch.Tensor:
+def two_launches(arguments: dict[str, Any], backend: str, always: bool) -> list[torch.Tensor]:
     placed = on_device(arguments, backend)
     names = ("x", "qkv_weight", "depthwise_weights", "pointwise_weights", "proj_weight", "qkv_bias")
     names += ("depthwise_biases", "pointwise_biases", "proj_scale", "proj_shift", "residual", "head_dim", "eps")
     given = [placed.get(name, [] if name.endswith("biases") else None) for name in names]
-    given = [
-        [] if name.endswith("biases") and value is None else value for name, value in zip(names, given, strict=True)
-    ]
-    (y,) = _cuda_lite_mla.two_launches(*given, always=True)
+    return _cuda_lite_mla.two_launches(*given, always=always)
+
+
+def in_two_launches(arguments: dict[str, Any], backend: str) -> torch.Tensor:
+    (y,) = two_launches(arguments, backend, always=True)
     return y.cpu()
 
 
@@ -106,6 +107,47 @@ def test_two_launches(backend: str, sample: Sample, dtype: torch.dtype) -> None:
     truth = reference.lite_mla(**in_dtype(arguments, torch.float64))
     verdict = rule_t(in_two_launches(arguments, backend), truth, official_lite_mla(**arguments))
     assert verdict.ok, str(verdict)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("sample", FEW_CHANNELS[1:4], ids=str)
+def test_layouts_and_orders_of_two_launches_give_equal_bits(
+    backend: str, sample: Sample, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of its own, so all of it, whatever the layout; the image of a batch alone, too."""
+    arguments = sample.make(dtype)
+    expected = in_two_launches(arguments, backend)
+    for layout in ("nchw", "channels_last", "transposed", "sliced", "offset"):
+        placed = {name: as_layout(arguments[name], layout) for name in ("x", "residual") if name in arguments}
+        assert torch.equal(in_two_launches(arguments | placed, backend), expected), layout
+    alone = {name: arguments[name][-1:] for name in ("x", "residual") if name in arguments}
+    assert torch.equal(in_two_launches(arguments | alone, backend), expected[-1:])
+    if not torch.cuda.is_available():
+        for order in ("reverse", "random"):
+            monkeypatch.setenv("EVK_EMULATOR_ORDER", order)
+            assert torch.equal(in_two_launches(arguments, backend), expected), order
+
+
+def test_what_two_launches_do_not_serve(backend: str) -> None:
+    """float32, two scales, wide blocks; and more tokens than pay, unless they are asked for."""
+    half = torch.float16
+    for sample, dtype in (
+        (FEW_CHANNELS[0], torch.float32),
+        (Sample(1, 16, 1, 16, 7, 7, (3, 5), out_channels=16), half),
+        (Sample(1, 144, 1, 16, 7, 7, out_channels=16), half),
+        (Sample(1, 16, 9, 16, 7, 7, out_channels=16), half),
+        (Sample(1, 16, 1, 16, 7, 7, out_channels=144), half),
+        (Sample(1, 16, 1, 64, 7, 7, out_channels=16), half),
+        (Sample(1, 24, 1, 16, 7, 7, out_channels=16), half),
+    ):
+        with pytest.raises(ValueError, match="not enough values to unpack"):
+            in_two_launches(sample.make(dtype), backend)
+    many = Sample(1, 16, 8, 16, 65, 64, out_channels=16).make(half)
+    if torch.cuda.is_available():
+        return  # the emulator has 132 multiprocessors, that GPU may have others
+    assert len(two_launches(many, backend, always=False)) == 0
+    few = Sample(1, 16, 8, 16, 63, 64, out_channels=16).make(half)
+    assert len(two_launches(few, backend, always=False)) == 1
 
 
 def attend(arguments: dict[str, Any], qkv: torch.Tensor, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
