@@ -103,15 +103,15 @@ py::dict cuda_lite_mla_plan(int64_t batch, int64_t heads, int64_t height, int64_
 }
 
 py::dict cuda_two_launches_plan(int64_t batch, int channels, int heads, int64_t height, int64_t width, int head_dim,
-                                int kernel_size, int out_channels, int multiprocessors, int64_t max_shared_bytes) {
+                                int kernel_size, int out_channels, int64_t max_shared_bytes) {
   check_image("cuda_two_launches_plan", batch, heads, height, width, head_dim, kernel_size);
-  const cuda::Device device{0, multiprocessors, max_shared_bytes};
+  const cuda::Device device{0, 1, max_shared_bytes};
   const cuda::LiteMlaShape shape{batch, height, width, channels, heads, head_dim, out_channels, kernel_size};
   py::dict dict;
   const bool served = cuda::has_two_launches(shape);
   const auto plan = served ? cuda::plan_lite_mla(shape, device) : cuda::LiteMlaPlan{};
   dict["served"] = served && plan.fits();
-  dict["preferred"] = served && plan.fits() && cuda::prefers_two_launches(shape, device);
+  dict["preferred"] = served && plan.fits() && cuda::prefers_two_launches(shape);
   if (!served || !plan.fits()) return dict;
   dict["state"] = dict_of(plan.state);
   dict["state"]["grid"] = batch * heads * plan.splits;
@@ -167,6 +167,6 @@ PYBIND11_MODULE(_C, m) {
         "The launches between and behind the products of lite_mla in 16 bits, for one scale.");
   m.def("cuda_two_launches_plan", &cuda_two_launches_plan, py::arg("batch"), py::arg("channels"), py::arg("heads"),
         py::arg("height"), py::arg("width"), py::arg("head_dim"), py::arg("kernel_size"), py::arg("out_channels"),
-        py::arg("multiprocessors"), py::arg("max_shared_bytes"),
+        py::arg("max_shared_bytes"),
         "lite_mla in two launches: whether they are served, and preferred to four; and what they are.");
 }

@@ -48,7 +48,7 @@ def launch_plan(
     attention = _C.cuda_relu_linear_attention_plan(2 * batch * heads, height * width, head_dim, fp32, multiprocessors)
     aggregation = _C.cuda_multiscale_aggregate_plan(*image, fp32, max_shared_bytes)
     fused = _C.cuda_lite_mla_plan(*image, channels, *gpu)
-    two = _C.cuda_two_launches_plan(batch, channels, *image[1:], channels, *gpu)
+    two = _C.cuda_two_launches_plan(batch, channels, *image[1:], channels, max_shared_bytes)
     sums = [{"launch": "sum_splits_kernel"}] * attention["sums_splits"]
     forward_apart = [
         {"launch": "aggregate_kernel"} | aggregation["forward"],

@@ -53,7 +53,7 @@ Tensors lite_mla_two_launches(Tensor x, Tensor qkv_weight, Tensors depthwise_wei
                            static_cast<int>(out_channels),
                            weights.size(0)};
   const Launcher launch(x);
-  if (!has_two_launches(shape) || !(always || prefers_two_launches(shape, launch.device()))) return {};
+  if (!has_two_launches(shape) || !(always || prefers_two_launches(shape))) return {};
   const LiteMlaPlan plan = plan_lite_mla(shape, launch.device());
   if (!plan.fits()) return {};
 

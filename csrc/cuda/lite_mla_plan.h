@@ -27,11 +27,9 @@ constexpr bool has_two_launches(const LiteMlaShape& s) {
          s.channels % 16 == 0 && s.channels <= 128 && s.out_channels % 16 == 0 && s.out_channels <= 128;
 }
 
-// Where two launches are predicted to be faster than four (`benchmarks/variants.py`, nothing is measured): products
-// with the halo cost less than launches, or than the bytes of qkv where there are few channels.
-constexpr bool prefers_two_launches(const LiteMlaShape& s, const Device& device) {
-  return s.width_of_heads() <= 64 || s.batch * s.height * s.width <= 31 * int64_t{device.multiprocessors};
-}
+// Where two launches are predicted to be faster than four (`benchmarks/variants.py`; nothing is measured): products of
+// few channels cost less with a halo than launches, or than the bytes of qkv.
+constexpr bool prefers_two_launches(const LiteMlaShape& s) { return s.width_of_heads() <= 64; }
 
 // Pixels of x that a tile and its halo show at most: rows may begin and end a column earlier and later.
 constexpr int input_pixels(int rows, int cols, int size) {

@@ -101,7 +101,7 @@ def test_two_launches_cover_the_image(shared: int) -> None:
     served = 0
     for (height, width), size in itertools.product(IMAGES, CUDA_KERNEL_SIZES):
         for channels, heads, dim in ((64, 4, 16), (128, 8, 16), (128, 4, 32), (32, 1, 32), (16, 1, 8), (64, 8, 8)):
-            plan = native.cuda_two_launches_plan(3, channels, heads, height, width, dim, size, 128, 132, shared)
+            plan = native.cuda_two_launches_plan(3, channels, heads, height, width, dim, size, 128, shared)
             served += plan["served"]
             for name in ("state", "apply") if plan["served"] else ():
                 down, across = -(-height // plan[name]["rows"]), -(-width // plan[name]["cols"])
@@ -113,7 +113,7 @@ def test_two_launches_cover_the_image(shared: int) -> None:
     assert served >= 100
     for odd in ((256, 8, 32), (64, 16, 8), (24, 1, 8), (64, 1, 64)):
         channels, heads, dim = odd
-        assert not native.cuda_two_launches_plan(1, channels, heads, 14, 14, dim, 5, 64, 132, LARGEST_SHARED)["served"]
+        assert not native.cuda_two_launches_plan(1, channels, heads, 14, 14, dim, 5, 64, LARGEST_SHARED)["served"]
 
 
 def test_runs_share_the_tiles_of_all_images(head_dim: int) -> None:
@@ -150,11 +150,11 @@ def test_launches_of_a_block() -> None:
         return [launch["launch"] for launch in launch_plan(*arguments, **options)[part]]
 
     two = ["lite_mla_state_kernel", "lite_mla_apply_kernel"]
-    assert names(1, 128, 14, 14) == names(100, 64, 14, 14) == two
+    assert names(1, 64, 14, 14) == names(100, 64, 14, 14) == two
     assert names(1, 64, 200, 200) == [two[0], "sum_splits_kernel", two[1]]
     fused = ["torch: product for qkv", "aggregate_kv_state_kernel", "aggregate_apply_kernel"]
-    assert names(1, 128, 14, 14, part="forward") == names(100, 128, 14, 14) == [*fused, "projection_kernel"]
-    assert names(1, 128, 14, 14, max_shared_bytes=64 * 1024) == [*fused, "projection_kernel"]
+    assert names(1, 64, 14, 14, part="forward") == [*fused, "projection_kernel"]
+    assert names(1, 64, 14, 14, max_shared_bytes=64 * 1024) == [*fused, "projection_kernel"]
     assert names(1, 512, 7, 7, head_dim=32) == [*fused, "torch: projection", "epilogue_kernel"]
     assert names(1, 128, 200, 200)[2] == "sum_splits_kernel"
     apart = ["aggregate_kernel", "kv_state_kernel", "apply_kernel", "torch: projection", "epilogue_kernel"]
