@@ -22,8 +22,8 @@ EXAMINED = 5
 # These compute the same.
 EQUIVALENT: dict[str, dict[str, str]] = {
     "aggregate_attention_state_kernels.cuh": {
-        "bound off by one: for (int e = threadIdx.x; e < kTiles * 16 * D; e += blockDim.x) { [< -> <=]": "the same "
-        "thread writes the first tap there, later",
+        "bound off by one: for (int e = threadIdx.x; e < WarpState<D>::kTiles * 16 * D; e += blockDim.x) { "
+        "[< -> <=]": "the same thread writes the first tap there, later",
         "bound off by one: weight[e] = o < D ? __float_as_uint(value_of(pointwise + (k_first + o) * D + c)) : 0u; "
         "[< -> <=]": ROWS_OF_D8,
         "condition dropped: for (int half = 0; half < (D > 8 ? 2 : 1); ++half) { [D > 8 -> true] #2": ROWS_OF_D8,
