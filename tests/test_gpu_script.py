@@ -221,7 +221,7 @@ def test_other_parts_on_the_cpu(tmp_path: Path, fresh_compiler: None) -> None:
     assert len(large) == 10
     runtime = run_quick("runtime", tmp_path)
     assert set(results_of(runtime)) == {f"torch.compile: {op}, cpu" for op in calls.OPS}
-    assert set(run_quick("tune", tmp_path)) == {"candidates"}
+    assert set(run_quick("tune", tmp_path)) == {"launches, b0-224-stage3, batch 1"}
 
 
 def test_bench_on_the_cpu(tmp_path: Path) -> None:
@@ -402,7 +402,7 @@ def test_all_parts_in_one_command(
         ["tune", "0", "0", "0", "1"]
     ]
     broken = json.loads((tmp_path / "tune.json").read_text())
-    broken["steps"]["candidates"]["status"] = "failed"
+    broken["steps"]["launches, b0-224-stage3, batch 1"]["status"] = "failed"
     (tmp_path / "tune.json").write_text(json.dumps(broken))
     assert command.main([*words, "--resume"]) == 1
 

@@ -14,6 +14,7 @@ from benchmarks.gpu.parts import Context, FailedError, Step
 from benchmarks.providers import LAYOUTS
 from benchmarks.shapes import GPU_FIRST, GPU_REST, SINGLE_OPS, SMOKE, Shape
 from benchmarks.timing import geometric_mean
+from efficientvit_kernels._launch_plan import launch_plan
 
 ROOF_BYTES, ROOF_SIZE = 2**30, 8192
 COMPILE_S = 60.0
@@ -72,7 +73,26 @@ def measure(
         found |= rows.measure(row, context)
     finally:
         torch.backends.cudnn.benchmark = benchmark
+    found |= {"plan": planned(row)} if "ours cuda" in row.providers else {}
     return found | shares(found, roofs(context, dtype)) | ratios(found["median_us"])
+
+
+def planned(row: rows.Row) -> dict[str, Any]:
+    """What the launch plan of the CUDA kernels holds for this layer on this GPU."""
+    shape = row.shape
+    if row.op.name != "lite_mla" or len(shape.scales) != 1:
+        return {}
+    gpu: Any = torch.cuda.get_device_properties(0)
+    whole = launch_plan(
+        *(shape.batch, shape.channels, shape.height, shape.width),
+        head_dim=shape.dim,
+        kernel_size=shape.scales[0],
+        fp32=row.settings.dtype == torch.float32,
+        multiprocessors=gpu.multi_processor_count,
+        max_shared_bytes=gpu.shared_memory_per_block_optin,
+    )
+    parts = ("forward", "backward") if row.settings.training else ("inference",)
+    return {part: whole[part] for part in parts}
 
 
 @functools.cache

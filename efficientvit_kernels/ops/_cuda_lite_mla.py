@@ -53,9 +53,10 @@ def lite_mla_fwd(
     aggregation = (depthwise_weights, pointwise_weights, depthwise_biases, pointwise_biases)
     vectors = [None if vector is None else vector.contiguous() for vector in (proj_scale, proj_shift)]
     if not save and channels <= 3 * WIDEST_OF_TWO_LAUNCHES:
-        rest = (proj_weight, qkv_bias, depthwise_biases, pointwise_biases, *vectors, residual, head_dim, eps)
-        if y := two_launches(x, qkv_weight, depthwise_weights, pointwise_weights, *rest):
-            return y[0], x.new_empty(0), x.new_empty(0, dtype=torch.float32)
+        weights = (qkv_weight, depthwise_weights, pointwise_weights, proj_weight)
+        rest: tuple[Any, ...] = (qkv_bias, depthwise_biases, pointwise_biases, *vectors, residual, head_dim, eps)
+        if found := two_launches(x, *weights, *rest):
+            return found[0], x.new_empty(0), x.new_empty(0, dtype=torch.float32)
     qkv = product(qkv_weight, x, qkv_bias)
     narrow = x.dtype != torch.float32 and proj_weight.shape[0] <= WIDEST_PROJECTION
     out, state = registered("aggregate_attention", "fwd", "cuda")(qkv, *aggregation, head_dim, eps, narrow)

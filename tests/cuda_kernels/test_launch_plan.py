@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from efficientvit_kernels import lite_mla
+from benchmarks.gpu.tune import InLaunches
+from efficientvit_kernels import FusedLiteMLA, lite_mla
 from efficientvit_kernels._launch_plan import launch_plan
 from efficientvit_kernels.ops._backends import CUDA_HEAD_DIMS, CUDA_KERNEL_SIZES
 from tests.cuda_emulator.ops import emulated_ops
@@ -95,7 +96,6 @@ def test_every_pixel_has_a_tile(head_dim: int, size: int) -> None:
                 assert plan["shared_bytes"] <= shared
 
 
-@pytest.mark.parametrize("head_dim", CUDA_HEAD_DIMS)
 @pytest.mark.parametrize("shared", [SMALLEST_SHARED, LARGEST_SHARED])
 def test_two_launches_cover_the_image(shared: int) -> None:
     served = 0
@@ -116,6 +116,7 @@ def test_two_launches_cover_the_image(shared: int) -> None:
         assert not native.cuda_two_launches_plan(1, channels, heads, 14, 14, dim, 5, 64, LARGEST_SHARED)["served"]
 
 
+@pytest.mark.parametrize("head_dim", CUDA_HEAD_DIMS)
 def test_runs_share_the_tiles_of_all_images(head_dim: int) -> None:
     for batch in (1, 2, 31, 32, 33, 1000):
         plan = native.cuda_multiscale_aggregate_plan(batch, 2, 33, 47, head_dim, 5, False, LARGEST_SHARED)["gradients"]
@@ -195,3 +196,23 @@ def test_as_many_launches_as_planned(backend: str, sample: LiteMLASample, dtype:
     before = count()
     torch.autograd.grad(y.sum(), x)
     assert count() - before == planned["backward"] - 1  # without gradients of weights nothing adds them up
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the emulator's launches")
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_launches_can_be_chosen_for_a_comparison(backend: str) -> None:
+    """What `make gpu` times side by side, whatever the plan prefers."""
+    count = emulated_ops().emulated_launches
+    count.restype = ctypes.c_int64
+    module = FusedLiteMLA(64, 64, heads=4, dim=16, backend=backend).half().eval()
+    x = torch.randn(1, 64, 7, 9).half()
+    results = {}
+    for two, launches in ((True, 2), (False, 3)):
+        before = count()
+        with torch.no_grad():
+            results[two] = InLaunches(module, two)(x)
+        assert count() - before == launches  # the product for qkv is torch's
+    assert torch.allclose(results[True], results[False], rtol=0.01, atol=0.01)
+    wide = FusedLiteMLA(256, 256, heads=8, dim=32, backend=backend).half().eval()
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="do not serve this layer"):
+        InLaunches(wide, True)(torch.randn(1, 256, 3, 3).half())
