@@ -30,13 +30,12 @@ __device__ void clear(const Halo<T>& halo, int planes) {
   for (int e = threadIdx.x; e < planes * halo.plane / 8; e += blockDim.x) store_words<4>(halo.data + 8 * e, zeros);
 }
 
-// x = W x + b, rounded as qkv is where it is stored, into planes of a halo.
+// W x + b, rounded as qkv is where it is stored, into planes of a halo; a column for evenness alone goes to its margin.
 template <int kRowTiles, class T, class Plane, class Channel>
 __device__ void project_input(const Halo<T>& to, const RowsOfWeight<T>& weight, const InputTile<T>& x,
                               const float* biases, const Window& window, Plane plane, Channel channel) {
   multiply_rows<kRowTiles>(weight, x, x.pixels(), [&](int row, int pixel, float sum) {
     const int at_row = x.y0 + pixel / x.cols - window.y0, at_column = x.x0 + pixel % x.cols - window.x0;
-    if (at_column < -to.pad || at_column >= to.cols + to.pad) return;  // for evenness alone
     const uint32_t word = Packed<T>::pack(sum + biases[channel(row)], 0.0f);
     store_element(to.at(plane(row), at_row, at_column), word);
   });
@@ -65,8 +64,8 @@ __global__ void __launch_bounds__(kThreads, 2) lite_mla_state_kernel(LiteMlaArgs
 
   const int64_t k_first = place.channel(D, 1), v_first = place.channel(D, 2);
   const T* qkv_weight = static_cast<const T*>(args.qkv_weight);
-  k_rows.template load_async<kPadded>(qkv_weight, [=](int row) { return k_first + row; });
-  v_rows.template load_async<kPadded>(qkv_weight, [=](int row) { return v_first + row; });
+  k_rows.load_async(qkv_weight, [=](int row) { return k_first + row; });
+  v_rows.load_async(qkv_weight, [=](int row) { return v_first + row; });
   load_key_weights<T, D, K>(weight, k_taps, v_taps, biases, args, place);
   for (int c = threadIdx.x; c < D; c += blockDim.x) {
     qkv_biases[c] = bias_at<T>(args.qkv_bias, k_first + c);
@@ -95,7 +94,6 @@ __global__ void __launch_bounds__(kThreads, 2) lite_mla_state_kernel(LiteMlaArgs
   }
   float* states = reinterpret_cast<float*>(tile_memory);
   store_sums<T, D>(stored, states, args, place, place.batch * args.groups + place.head, false);
-  __syncthreads();
   store_sums<T, D>(aggregated, states, args, place, place.pair(args), true);
 }
 
@@ -135,8 +133,7 @@ __global__ void __launch_bounds__(32 * kBlockWarps, 1) lite_mla_apply_kernel(Lit
   const InputTile<T> x(q_rows.data + padded_to(width, 16 * kRowTiles) * q_rows.pitch(), args.channels,
                        args.x_access == Access::kChannels, window, args.rows, args.cols, K / 2);
 
-  q_rows.template load_async<16 * kRowTiles>(static_cast<const T*>(args.qkv_weight),
-                                             [](int row) { return row / D * 3 * D + row % D; });
+  q_rows.load_async(static_cast<const T*>(args.qkv_weight), [](int row) { return row / D * 3 * D + row % D; });
   x.load_async(Channels<T>(args.x, batch, 0), args.x_access);
   cp_async_commit();
   clear(halo, width);
@@ -167,7 +164,7 @@ __global__ void __launch_bounds__(32 * kBlockWarps, 1) lite_mla_apply_kernel(Lit
   const RowsOfWeight<T> rows{q_rows.data, args.out_channels, 2 * width};
   T* staged = rows.data + padded_to(args.out_channels, 16 * kRowTiles) * rows.pitch();
   const Halo<T> y{staged, args.rows, args.cols, 0, 0, tile_plane(pixels, sizeof(T))};
-  rows.template load_async<16 * kRowTiles>(static_cast<const T*>(args.proj_weight), [](int row) { return row; });
+  rows.load_async(static_cast<const T*>(args.proj_weight), [](int row) { return row; });
   cp_async_commit();
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, t = lane % 4, across = args.cols / 8;

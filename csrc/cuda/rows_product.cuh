@@ -23,15 +23,14 @@ struct RowsOfWeight {
 
   __device__ int pitch() const { return weight_pitch(columns); }
 
-  // Row i is row from_row(i) of a dense matrix of as many columns, aligned to 16 bytes; up to a multiple of kRows there
-  // are zeros. Asynchronous; the caller commits.
-  template <int kRows, class Row>
+  // Row i is row from_row(i) of a dense matrix of as many columns, aligned to 16 bytes. Asynchronous; the caller
+  // commits.
+  template <class Row>
   __device__ void load_async(const T* from, Row from_row) const {
     const int vectors = columns / 8;
-    for (int e = threadIdx.x; e < padded_to(rows, kRows) * vectors; e += blockDim.x) {
+    for (int e = threadIdx.x; e < rows * vectors; e += blockDim.x) {
       const int row = e / vectors, column = e % vectors * 8;
-      const bool there = row < rows;
-      cp_async_16(data + row * pitch() + column, there ? from + from_row(row) * columns + column : from, there);
+      cp_async_16(data + row * pitch() + column, from + from_row(row) * columns + column, true);
     }
   }
 };
@@ -45,13 +44,12 @@ struct InputTile {
   bool along_channels;
   int y0, x0, rows, cols;  // in the image
 
-  // Rows of an even width begin at an even column, so that pairs of pixels can be copied.
+  // Rows begin and, but for the image's end, end at an even column, so that pairs of pixels can be copied.
   __device__ InputTile(T* data, int channels, bool along_channels, const Window& window, int tile_rows, int tile_cols,
                        int pad)
       : data(data), channels(channels), along_channels(along_channels) {
     y0 = max(window.y0 - pad, 0), rows = min(window.y0 + tile_rows + pad, window.height) - y0;
-    const int even = window.width % 2 == 0 ? ~1 : ~0;
-    x0 = max(window.x0 - pad, 0) & even, cols = min((window.x0 + tile_cols + pad + ~even) & even, window.width) - x0;
+    x0 = max(window.x0 - pad, 0) & ~1, cols = min((window.x0 + tile_cols + pad + 1) & ~1, window.width) - x0;
   }
   __device__ int pixels() const { return rows * cols; }
   __device__ int pitch() const { return along_channels ? weight_pitch(channels) : input_pitch(pixels()); }
@@ -87,7 +85,7 @@ struct InputTile {
 };
 
 // write(row, pixel, sum) for every row of W and every pixel, whose sums over W's columns come from x.operand. Warps
-// take groups of 16 * kRowTiles rows by 16 pixels in turn.
+// take groups of 16 * kRowTiles rows by 16 pixels in turn; there must be memory for whole groups, whatever it holds.
 template <int kRowTiles, class T, class Input, class Write>
 __device__ void multiply_rows(const RowsOfWeight<T>& weight, const Input& x, int pixels, Write write) {
   constexpr int kRows = 16 * kRowTiles;

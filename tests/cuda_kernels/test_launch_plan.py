@@ -110,7 +110,7 @@ def test_two_launches_cover_the_image(shared: int) -> None:
             if plan["served"]:
                 assert heads * plan["apply"]["rows"] * plan["apply"]["cols"] <= 64 * plan["apply"]["threads"] // 32
                 assert plan["apply"]["grid"] == 3 * plan["apply"]["tiles"]
-    assert served >= 100
+    assert served >= 70
     for odd in ((256, 8, 32), (64, 16, 8), (24, 1, 8), (64, 1, 64)):
         channels, heads, dim = odd
         assert not native.cuda_two_launches_plan(1, channels, heads, 14, 14, dim, 5, 64, LARGEST_SHARED)["served"]

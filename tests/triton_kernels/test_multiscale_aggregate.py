@@ -225,7 +225,12 @@ def test_weights_of_any_strides() -> None:
     assert_equal_bits(run(mapped(arguments, strided), "triton"), run(arguments, "triton"))
 
 
-RUNS = [(6, Sample(3, 1, 2, 2, 3, (3,))), (1, Sample(2, 1, 2, 1, 34, (1,))), (1, Sample(2, 1, 2, 2, 3, (7,)))]
+RUNS = [
+    (6, Sample(3, 1, 2, 2, 3, (3,))),
+    (1, Sample(2, 1, 2, 1, 34, (1,))),
+    (1, Sample(2, 1, 2, 2, 3, (7,))),
+    (2, Sample(3, 1, 2, 1, 2, (9,))),
+]
 
 
 @pytest.mark.parametrize(("programs", "sample"), RUNS, ids=str)
