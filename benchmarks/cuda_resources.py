@@ -185,6 +185,12 @@ def plan_of(kernel: str, arch: str) -> tuple[int, int] | None:
         sizes = (1, HEADS, SIZE, SIZE, first, int(second))
         plan = _C.cuda_lite_mla_plan(*sizes, 256, MULTIPROCESSORS, shared_block)
         launch = plan["state" if name == "aggregate_kv_state" else "apply"]
+    elif name in ("lite_mla_state", "lite_mla_apply"):  # of 64 channels
+        heads = 64 // first
+        plan = _C.cuda_two_launches_plan(1, 64, heads, SIZE, SIZE, first, int(second), 64, shared_block)
+        if not plan["served"]:
+            return None
+        launch = plan[name.removeprefix("lite_mla_")]
     elif name == "projection":  # blocks of fewer tokens at batch 1
         plans = [_C.cuda_lite_mla_plan(b, 1, SIZE, SIZE, 8, 3, 256, MULTIPROCESSORS, shared_block) for b in (1, 32)]
         (launch,) = (plan["projection"] for plan in plans if plan["projection"]["tokens"] == first)
