@@ -111,6 +111,13 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "condition dropped: if (args.sums != nullptr) pointwise_sums.add(tile); [args.sums != nullptr -> true]": (
             "sums that are not stored"
         ),
+        "condition dropped: const uint32_t low = words[2 * i][step], high = D > 8 ? words[2 * i + 1][step] : 0; "
+        "[D > 8 -> true]": ROWS_OF_D8,
+        "condition dropped: const bool read = !side || (column + pixel >= -(K / 2) && column + pixel < "
+        "tile.grad.cols + K / 2); [!side || (column + pixel >= -(K / 2) && column + pixel < tile.grad.cols + K / "
+        "2) -> true]": MARGIN,
+        "condition dropped: const bool read = !side || (column + pixel >= -(K / 2) && column + pixel < "
+        "tile.grad.cols + K / 2); [column + pixel < tile.grad.cols + K / 2 -> true]": MARGIN,
     },
     "multiscale_aggregate_kernels.cuh": {
         "bound off by one: for (int pixel = threadIdx.x; pixel < args.rows * args.cols; pixel += blockDim.x) { "
@@ -151,6 +158,11 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "[first_row == 0 && lane % 4 == 0 -> true]": SAME_TOTAL,
         "condition dropped: if (first_row == 0 && lane % 4 == 0) own[D * D + Keys::channel(lane, i)] = total; "
         "[lane % 4 == 0 -> true]": SAME_TOTAL,
+        "bound off by one: while (n < place.stop) { [< -> <=]": LAST_TILE,
+        "bound off by one: for (int n = place.start + static_cast<int>(threadIdx.x) / 32 * Fragment::kTokens; n "
+        "< place.stop; [< -> <=]": LAST_TILE,
+        "condition dropped: if (first_row == 0 && lane % 4 == 0) own[D * D + Keys::channel(lane, i)] = total; "
+        "[first_row == 0 -> true]": SAME_TOTAL,
     },
     "tile.cuh": {
         "condition dropped: uint32_t words[kAlongChannels ? kSlots * kPerSlot : kChannels * kSlots / 2]; "
@@ -170,6 +182,9 @@ MISSED: dict[str, dict[str, str]] = {
         ),
         "bound off by one: const float value = i < there ? hidden[i] : 0.0f; [< -> <=]": (
             "no sample has an infinity beside the end of a row, which would meet a gradient of 0"
+        ),
+        "condition dropped: to[i] = kFp32 ? value : __uint_as_float(to_tf32(value)); [kFp32 -> true]": (
+            "the matrix units cut off what was not rounded: within rule T here"
         ),
     },
     "relu_linear_attention_fp32_kernels.cuh": {

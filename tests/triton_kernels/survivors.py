@@ -1,6 +1,6 @@
 """Mutants that no test finds, with the reasons: they compute the same, or only more than 2^31 elements would tell.
 
-Found in runs of a part at a time, not yet in one of all mutants.
+All mutants have been run, a file at a time.
 """
 
 from __future__ import annotations
