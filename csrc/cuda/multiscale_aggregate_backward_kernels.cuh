@@ -208,7 +208,7 @@ struct PointwiseSums<float, D> {
 };
 
 template <class T, int D, int K>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && (K == 3 || (K == 5 && D <= 16)) ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && ((K == 3 && D < 64) || (K == 5 && D == 16)) ? 3 : 2)
     aggregate_gradients_kernel(AggregateArgs args) {
   EVK_DYNAMIC_SHARED(shared);
   constexpr bool kFp32 = sizeof(T) == 4;

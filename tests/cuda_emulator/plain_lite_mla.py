@@ -230,6 +230,7 @@ PROJECTIONS = [
 ]
 EPILOGUES = [
     Projection(HALF, 0, 24, 4, 8),
+    Projection(HALF, 0, 24, 4, 8, extras="scale"),
     Projection(HALF, 0, 24, 5, 7, "channels_last", extras="scale residual"),
     Projection(HALF, 0, 11, 5, 7, "channels_last", extras="shift"),
     Projection(HALF, 0, 5, 9, 9, "sliced"),

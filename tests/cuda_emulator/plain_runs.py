@@ -201,7 +201,7 @@ FLOAT_MORE = [
     Sample(FLOAT, 8, 7, 9, "sliced", eps=0.0),
     Sample(FLOAT, 8, 32, 32, batch=1, heads=1, values="cancelling"),
     Sample(FLOAT, 8, 20, 20, "channels_last", scales=3),
-    Sample(FLOAT, 64, 9, 15, batch=1),
+    Sample(FLOAT, 64, 9, 15, batch=1, eps=0.0),  # so many channels that no q is all negative
 ]
 # Elements more than 2^31 apart, of inputs and results.
 HALF_FAR = [

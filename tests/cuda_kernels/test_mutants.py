@@ -5,12 +5,23 @@ A dozen at every push, one of each kind; nightly those that `survivors.py` speak
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.cuda_emulator import build
 from tests.cuda_emulator.mutants import RULES, SURVIVED, UNCOMPILED, Mutant, mutants_of
-from tests.cuda_emulator.plain_trials import AGGREGATE, ATTENTION, FILES, PROJECTION, Driver, drivers_of, verdicts_of
-from tests.cuda_kernels.survivors import EQUIVALENT, EXAMINED, MISSED
+from tests.cuda_emulator.plain_trials import (
+    AGGREGATE,
+    ATTENTION,
+    FILES,
+    PROJECTION,
+    TWO_LAUNCHES,
+    Driver,
+    drivers_of,
+    verdicts_of,
+)
+from tests.cuda_kernels.survivors import EQUIVALENT, MISSED
 
 pytestmark = build.needs_compiler
 
@@ -57,6 +68,16 @@ CHOSEN: dict[str, tuple[Driver, tuple[int, ...], dict[str, list[str]]]] = {
             ]
         },
     ),
+    "two launches": (
+        TWO_LAUNCHES,
+        (1,),
+        {
+            "lite_mla_kernels.cuh": [
+                "barrier removed: __syncthreads();  // x and W_q have been read [__syncthreads() -> (void)0]"
+            ],
+            "rows_product.cuh": ["bound off by one: for (int k = 0; k < weight.columns; k += 16) { [< -> <=]"],
+        },
+    ),
     "projection": (
         PROJECTION,
         (),
@@ -97,15 +118,14 @@ def listed(mutant: Mutant, *lists: dict[str, dict[str, str]]) -> bool:
 
 
 @pytest.mark.nightly
-def test_mutants_are_found(one_thread: None) -> None:
-    """Three to five seconds of processor time for each of some 180."""
-    ends = {m: end for file in FILES for m, end in verdicts_of(file, mutants_of(file)[::EXAMINED])}
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_mutants_are_found(one_thread: None, file: Path) -> None:
+    """Three to five seconds of processor time for each of some 900."""
+    ends = dict(verdicts_of(file))
     survived = {mutant for mutant, end in ends.items() if end == SURVIVED}
     assert [m.label for m in ends if listed(m, EQUIVALENT, MISSED) and m not in survived] == [], "found all the same"
-    counted = [m for m in ends if m.kind != "index narrowed" and not listed(m, EQUIVALENT)]
-    missed = [m.label for m in counted if m in survived]
-    assert len(counted) >= 100
-    assert len(missed) <= 0.05 * len(counted), missed
+    unlisted = [m.label for m in survived if m.kind != "index narrowed" and not listed(m, EQUIVALENT, MISSED)]
+    assert unlisted == []
 
 
 def test_every_file_has_a_trial() -> None:
@@ -114,6 +134,9 @@ def test_every_file_has_a_trial() -> None:
     mutants = [mutant for file in FILES for mutant in mutants_of(file)]
     assert len(mutants) >= 300
     assert {mutant.kind for mutant in mutants} <= RULES.keys()
+    counted = [m for m in mutants if m.kind != "index narrowed" and not listed(m, EQUIVALENT)]
+    missed = sum(len(of_file) for of_file in MISSED.values())
+    assert missed <= 0.05 * len(counted), "tests that miss more than one mutant of twenty are too weak"
     labels = {mutant.label for mutant in mutants}
     for known in (EQUIVALENT, MISSED):
         assert {f"{file}: {label}" for file, of_file in known.items() for label in of_file} <= labels
