@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import subprocess
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import bench, calls, correctness, facts, large, parts, repeats, runtime, sanitize
+from benchmarks.gpu import bench, calls, correctness, facts, large, parts, repeats, rows, runtime, sanitize, tune
 from benchmarks.gpu.parts import PARTS, Context, FailedError, Step
 from benchmarks.shapes import GPU_FIRST, GPU_REST, REGISTRY, SMOKE
 from tests.gpu_stand_in import stand_in
@@ -300,3 +301,28 @@ def test_failed_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
         settings.clear()
         with pytest.raises(FailedError, match="has changed after an allocation that failed"):
             runtime.out_of_memory(op, "cpu", "cpu")
+
+
+def test_the_launch_plan_beside_the_figures(monkeypatch: pytest.MonkeyPatch, context: Context) -> None:
+    """Of this GPU; a library that was built for another Python comes without the module that knows it."""
+    pytest.importorskip("efficientvit_kernels._C", reason="the introspection module was not built")
+    gpu = types.SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    shape = REGISTRY[0]
+    row = rows.make_row("lite_mla", shape, "float16", "nchw", False, context)
+    (launches,) = bench.planned(row).values()
+    assert any(launch.get("grid", 0) > 0 for launch in launches)
+
+    def absent(*_: Any, **__: Any) -> None:
+        raise ImportError("no _C")
+
+    monkeypatch.setattr(bench, "launch_plan", absent)
+    assert bench.planned(row) == {"not_known": "ImportError: no _C"}
+
+
+def test_a_wrong_variant_fails(monkeypatch: pytest.MonkeyPatch, context: Context) -> None:
+    """Variants of a backend are held to rule T as the backend is; a step that finds one wrong fails."""
+    monkeypatch.setattr(tune, "runnable", lambda device: ["cuda"])
+    monkeypatch.setattr(rows, "check", lambda row, context: {"failed": "ours cuda, two launches: too far"})
+    with pytest.raises(FailedError, match="two launches: too far"):
+        tune.time_launches(REGISTRY[0], context)

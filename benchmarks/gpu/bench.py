@@ -78,19 +78,24 @@ def measure(
 
 
 def planned(row: rows.Row) -> dict[str, Any]:
-    """What the launch plan of the CUDA kernels holds for this layer on this GPU."""
+    """What the launch plan of the CUDA kernels holds for this layer on this GPU, where the introspection module is: a
+    library that was built elsewhere comes without it.
+    """
     shape = row.shape
     if row.op.name != "lite_mla" or len(shape.scales) != 1:
         return {}
     gpu: Any = torch.cuda.get_device_properties(0)
-    whole = launch_plan(
-        *(shape.batch, shape.channels, shape.height, shape.width),
-        head_dim=shape.dim,
-        kernel_size=shape.scales[0],
-        fp32=row.settings.dtype == torch.float32,
-        multiprocessors=gpu.multi_processor_count,
-        max_shared_bytes=gpu.shared_memory_per_block_optin,
-    )
+    try:
+        whole = launch_plan(
+            *(shape.batch, shape.channels, shape.height, shape.width),
+            head_dim=shape.dim,
+            kernel_size=shape.scales[0],
+            fp32=row.settings.dtype == torch.float32,
+            multiprocessors=gpu.multi_processor_count,
+            max_shared_bytes=gpu.shared_memory_per_block_optin,
+        )
+    except ImportError as error:
+        return {"not_known": rows.reason_of(error)}
     parts = ("forward", "backward") if row.settings.training else ("inference",)
     return {part: whole[part] for part in parts}
 

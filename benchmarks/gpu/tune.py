@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu import rows
 from benchmarks.gpu.calls import runnable
-from benchmarks.gpu.parts import Context, NotRunError, Step
+from benchmarks.gpu.parts import Context, FailedError, NotRunError, Step
 from benchmarks.providers import torch_provider
 from benchmarks.shapes import B_AND_L_SERIES, Shape
 from efficientvit_kernels.ops import _cuda_lite_mla
@@ -60,8 +60,10 @@ def time_launches(shape: Shape, context: Context) -> dict[str, Any]:
     if "cuda" not in runnable(context.device):
         raise NotRunError("the cuda backend cannot run here")
     row = rows.make_row("lite_mla", shape, "float16", "nchw", False, context)
-    for name, two in (("two launches", True), ("four launches", False)):
+    for name, two in (("ours cuda, two launches", True), ("ours cuda, four launches", False)):
         module = InLaunches(row.op.ours(row.layer, "cuda"), two)
         rows.add(row, name, lambda m=module: torch_provider(m, row.settings))  # type: ignore[misc]
-    found = {"shape": shape.name, "batch": shape.batch} | rows.check(row, context)
+    found: dict[str, Any] = {"shape": shape.name, "batch": shape.batch} | rows.check(row, context)
+    if "failed" in found:
+        raise FailedError(found["failed"][:500], found)
     return found | rows.measure(row, context)

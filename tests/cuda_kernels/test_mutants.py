@@ -1,6 +1,6 @@
 """The checks of the CUDA kernels find mistakes: at least 19 of 20 mutants of the device code, made by rule, fail them.
 
-A dozen at every push, one of each kind; nightly those that `survivors.py` speaks of, which lists what passes and why.
+A dozen at every push, among them one of each kind; nightly all. `survivors.py` lists what passes and why.
 """
 
 from __future__ import annotations
